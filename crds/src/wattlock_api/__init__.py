@@ -1,0 +1,1 @@
+"""Wattlock's API group ``wattlock.dev``: the contract between people, operator and agents."""

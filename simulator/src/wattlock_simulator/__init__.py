@@ -1,0 +1,1 @@
+"""A simulated GPU node for people without GPUs."""
