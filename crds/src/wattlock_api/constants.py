@@ -1,0 +1,151 @@
+"""Names that more than one part of Wattlock must agree on."""
+
+from enum import StrEnum
+
+GROUP = "wattlock.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+
+#: Field managers of server-side apply: who owns which fields of a resource.
+OPERATOR_FIELD_MANAGER = "wattlock-operator"
+AGENT_FIELD_MANAGER = "wattlock-agent"
+
+#: Keeps a policy until every GPU it locked is released.
+FINALIZER = f"{GROUP}/release-gpus"
+#: On a policy: do not wait any longer for nodes that cannot answer. Value: "true".
+FORCE_RELEASE_ANNOTATION = f"{GROUP}/abandon-unreachable-nodes"
+#: On agent DaemonSets and their pods: hash of the placement that they serve.
+PLACEMENT_LABEL = f"{GROUP}/placement"
+COMPONENT_LABEL = "app.kubernetes.io/component"
+AGENT_COMPONENT = "agent"
+
+#: The lease that the operator renews in its own namespace and every agent reads.
+LEASE_NAME = "wattlock-operator"
+LEASE_RENEW_SECONDS = 15
+#: An agent that has seen neither the API server nor a fresh lease for so long releases its GPUs.
+STALE_ORDERS_SECONDS = 600
+
+#: The ClockProfile that the operator ships: what published measurements support, nothing more.
+PUBLISHED_PROFILE = "published"
+
+
+class Mode(StrEnum):
+    """Whether a policy may write to GPUs."""
+
+    OBSERVE = "Observe"
+    ENFORCE = "Enforce"
+
+
+class Role(StrEnum):
+    """What the pods of a pool do in disaggregated serving."""
+
+    DECODE = "Decode"
+    PREFILL = "Prefill"
+    MIXED = "Mixed"
+
+
+class Architecture(StrEnum):
+    """Attention architecture of the served model: it decides how much clock decode needs."""
+
+    GQA = "GQA"
+    MLA = "MLA"
+    GATED_DELTA_NET = "GatedDeltaNet"
+    MAMBA2 = "Mamba2"
+    HYBRID = "Hybrid"
+
+
+class GpuState(StrEnum):
+    """State of one GPU as its agent sees it."""
+
+    RELEASED = "Released"
+    LOCKED = "Locked"
+    OBSERVING = "Observing"
+    CONFLICT = "Conflict"
+    UNSUPPORTED = "Unsupported"
+    LOST = "Lost"
+
+
+class Reason(StrEnum):
+    """Why a GPU, an order or a pool is as it is. Each comes with a sentence in ``message``."""
+
+    # in force
+    LOCKED = "Locked"
+    CONTROL_EPOCH = "ControlEpoch"
+    OBSERVE_MODE = "ObserveMode"
+    PREFILL_POOL = "PrefillPool"
+    MIXED_POOL = "MixedPool"
+    NO_ORDER = "NoOrder"
+    WAITING_TO_WRITE = "WaitingToWrite"
+    # decided by the operator
+    NO_PREFILL_PEER = "NoPrefillPeer"
+    NO_PROFILE_ROW = "NoProfileRow"
+    PROFILE_NOT_FOUND = "ProfileNotFound"
+    PRODUCT_UNKNOWN = "ProductUnknown"
+    POLICY_CONFLICT = "PolicyConflict"
+    NO_MATCHING_PODS = "NoMatchingPods"
+    NO_GPUS = "NoGPUs"
+    POD_NOT_RUNNING = "PodNotRunning"
+    NO_AGENT = "NoAgent"
+    AGENT_SILENT = "AgentSilent"
+    # decided by the agent
+    STALE_ORDERS = "StaleOrders"
+    COMPUTES_PROMPTS = "ComputesPrompts"
+    GUARDRAIL = "Guardrail"
+    UNSUPPORTED_CLOCK = "UnsupportedClock"
+    CLOCKS_NOT_SUPPORTED = "ClocksNotSupported"
+    NO_PERMISSION = "NoPermission"
+    MIG_ENABLED = "MIGEnabled"
+    VIRTUAL_GPU = "VirtualGPU"
+    SHARED_GPU = "SharedGPU"
+    UNKNOWN_DEVICE = "UnknownDevice"
+    POD_NOT_ON_NODE = "PodNotOnNode"
+    HOLDER_CHANGED = "HolderChanged"
+    KUBELET_UNREACHABLE = "KubeletUnreachable"
+    OTHER_WRITER = "OtherWriter"
+    GPU_LOST = "GPULost"
+    NVML_ERROR = "NVMLError"
+    NVML_NOT_FOUND = "NVMLNotFound"
+    JOURNAL_UNWRITABLE = "JournalUnwritable"
+    AGENT_STOPPING = "AgentStopping"
+    # about serving metrics
+    NO_SERVING_METRICS = "NoServingMetrics"
+    METRICS_UNREACHABLE = "MetricsUnreachable"
+    METRICS_INVALID = "MetricsInvalid"
+    METRICS_TOO_LARGE = "MetricsTooLarge"
+    COUNTERS_RESTARTED = "CountersRestarted"
+    # about savings
+    VERIFICATION_OFF = "VerificationOff"
+    NOTHING_LOCKED = "NothingLocked"
+    TOO_FEW_PAIRS = "TooFewPairs"
+    INTERVAL_TOO_WIDE = "IntervalTooWide"
+    INTERVAL_INCLUDES_ZERO = "IntervalIncludesZero"
+    INTERVAL_EXCLUDES_ZERO = "IntervalExcludesZero"
+
+
+class ConditionType(StrEnum):
+    """Condition types of an EnergyPolicy."""
+
+    READY = "Ready"
+    ENFORCED = "Enforced"
+    PROGRESSING = "Progressing"
+    GUARDRAIL_TRIPPED = "GuardrailTripped"
+    CLOCK_CLAMPED = "ClockClamped"
+    POWER_CAP_BINDING = "PowerCapBinding"
+    CONFLICT = "Conflict"
+    VERIFIED = "Verified"
+
+
+class SavingsVerdict(StrEnum):
+    """What the experiment says about the saving."""
+
+    VERIFIED = "Verified"
+    INCONCLUSIVE = "Inconclusive"
+    UNKNOWN = "Unknown"
+
+
+class PowerCapVerdict(StrEnum):
+    """Whether the GPU's power limit held the clock down."""
+
+    INERT = "Inert"
+    BINDING = "Binding"
+    UNKNOWN = "Unknown"

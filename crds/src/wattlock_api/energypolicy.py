@@ -1,0 +1,366 @@
+"""EnergyPolicy: what people write, and the status that they read."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from wattlock_api.base import (
+    ApiModel,
+    Condition,
+    DecimalString,
+    LabelSelector,
+    Name,
+    PositiveDecimalString,
+    ReasonName,
+    Sentence,
+    Timestamp,
+    Toleration,
+    cel,
+)
+from wattlock_api.constants import Architecture, Mode, PowerCapVerdict, Role, SavingsVerdict
+
+
+class Clock(ApiModel):
+    """How far the SM clock of a Decode pool is capped: write exactly one of the choices.
+
+    Required for Decode pools, refused for the others. A cap is an upper bound: the GPU may always run
+    slower, it is never pinned to a clock.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                cel(
+                    "has(self.maxSMClockMHz) != has(self.profile)",
+                    "write exactly one of maxSMClockMHz (a number, e.g. 1590) or profile (the name of a ClockProfile, "
+                    "e.g. published)",
+                )
+            ]
+        }
+    )
+
+    max_sm_clock_mhz: Annotated[int, Field(ge=100, le=5000)] | None = None
+    """Upper bound of the SM clock in MHz while the pool decodes, e.g. 1590. Values between two
+    clocks that the GPU supports are rounded down to the next supported one; the pool's
+    requestedMHz shows the result."""
+    profile: Name | None = None
+    """Name of a ClockProfile: the cap is the one of its row for the pool's GPU product,
+    architecture and phase. No row, no lock (reason NoProfileRow). "published" is installed with
+    Wattlock and holds what published measurements support."""
+
+
+class MetricsEndpoint(ApiModel):
+    """Where the pods of a pool serve their Prometheus metrics; the address is always the pod's own.
+
+    Without serving metrics power is measured, but neither energy for each token nor a saving.
+    """
+
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """TCP port. Default: the pod's prometheus.io/port annotation, else a container port named
+    metrics, prometheus, system or http, else the first port of the container that holds the
+    GPUs, else 8000."""
+    path: Annotated[str, Field(pattern=r"^/[A-Za-z0-9._~/-]*$", max_length=128)] | None = None
+    """HTTP path. Default: the pod's prometheus.io/path annotation, else /metrics."""
+
+
+class Pool(ApiModel):
+    """Pods with one role in serving."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                cel(
+                    "self.role != 'Decode' || has(self.clock)",
+                    "a Decode pool needs a clock: write clock: {maxSMClockMHz: 1590} or clock: {profile: published}",
+                ),
+                cel(
+                    "self.role == 'Decode' || !has(self.clock)",
+                    "only a Decode pool may have a clock: Prefill and Mixed pools are measured and left alone, "
+                    "remove clock",
+                ),
+            ]
+        }
+    )
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", min_length=1, max_length=32)]
+    """Name of the pool in status, events and metrics. Unique in the policy."""
+    role: Role
+    """Decode: generates tokens, its GPUs are capped. Prefill: computes prompts, its GPUs are never
+    capped. Mixed: does both (aggregated serving), measured and never capped."""
+    selector: Annotated[
+        LabelSelector,
+        Field(
+            json_schema_extra={
+                "x-kubernetes-validations": [
+                    cel(
+                        "(has(self.matchLabels) && size(self.matchLabels) > 0) || "
+                        "(has(self.matchExpressions) && size(self.matchExpressions) > 0)",
+                        "an empty selector would select every pod of the namespace: write matchLabels, "
+                        "e.g. {llm-d.ai/role: decode}",
+                    )
+                ]
+            }
+        ),
+    ]
+    """Which pods of the policy's own namespace belong to the pool."""
+    architecture: Architecture | None = None
+    """Attention architecture of the served model; picks the row of a ClockProfile."""
+    metrics: MetricsEndpoint = MetricsEndpoint()
+    clock: Clock | None = None
+
+
+class Verification(ApiModel):
+    """How the saving is proved.
+
+    Switchback: time is cut into epochs, and in a random share of them the GPUs are released. Pairs of
+    neighbouring epochs with and without the cap give the saving with a 95 % confidence interval.
+    """
+
+    method: Literal["Switchback", "None"] = "Switchback"
+    """Switchback measures the saving. None caps without release epochs and publishes no saving."""
+    control_share: Annotated[float, Field(ge=0.02, le=0.5)] = 0.1
+    """Share of the epochs in which the GPUs are released for comparison, 0.02 to 0.5. Rounded to one epoch in
+    every 2, 3, ... 50: 0.1 releases one epoch in ten. More gives a faster answer, less gives more saving."""
+    epoch_seconds: Annotated[int, Field(ge=20, le=3600)] = 60
+    """Length of an epoch in seconds."""
+
+
+class Guardrail(ApiModel):
+    """When serving got worse: the node's agent releases the clock by itself, without the operator."""
+
+    max_throughput_loss_percent: Annotated[float, Field(ge=0.5, le=50)] = 2.0
+    """Release when tokens per second under the cap stay this far below the released epochs, in percent."""
+    max_inter_token_latency_ms: Annotated[float, Field(gt=0, le=60000)] | None = None
+    """Release when the mean inter-token latency of an instance exceeds this, in milliseconds. Absent: no bound."""
+    cooldown_seconds: Annotated[int, Field(ge=10, le=86400)] = 600
+    """How long the GPUs stay released after a breach, in seconds."""
+
+
+class Placement(ApiModel):
+    """Where Wattlock's node agents run. Policies with the same placement share their agents."""
+
+    node_selector: Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=16)] = {
+        "nvidia.com/gpu.present": "true"
+    }
+    """Labels of the GPU nodes. The default is the label that NVIDIA's GPU feature discovery sets."""
+    tolerations: Annotated[list[Toleration], Field(max_length=16)] = [
+        Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
+    ]
+    """Taints of the GPU nodes that agents tolerate."""
+    runtime_class_name: Annotated[str, Field(max_length=253)] | None = None
+    """RuntimeClass that brings NVIDIA's driver library into the agent's container, usually nvidia.
+    Absent: the nodes' default runtime."""
+
+
+class Cost(ApiModel):
+    """Turns the saved energy into money and carbon. Wattlock measures the GPU boards alone."""
+
+    price_per_kwh: PositiveDecimalString | None = None
+    """Price of a kilowatt-hour in your currency, e.g. "0.25"."""
+    grams_co2_per_kwh: Annotated[int, Field(ge=0, le=5000)] | None = None
+    """Carbon intensity of your electricity in grams of CO2 per kilowatt-hour."""
+    pue: Annotated[str, Field(pattern=r"^[1-9](\.[0-9]{1,4})?$", max_length=8)] | None = None
+    """Power usage effectiveness of the data centre, e.g. "1.3". Applied to cost and carbon only where given."""
+
+
+class EnergyPolicySpec(ApiModel):
+    """What you want: which pods decode, how far their clock is capped, how it is verified and guarded."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                cel(
+                    "!self.requirePrefillPeer || "
+                    "!self.pools.exists(p, p.role == 'Decode') || self.pools.exists(p, p.role == 'Prefill')",
+                    "a Decode pool needs a Prefill pool beside it: a decode label does not prove that prompts are "
+                    "computed elsewhere. Add a pool with role: Prefill, or set requirePrefillPeer: false",
+                )
+            ]
+        }
+    )
+
+    mode: Mode = Mode.OBSERVE
+    """Observe (the default) measures and writes nothing to any GPU. Enforce caps the GPUs of Decode pools."""
+    pools: Annotated[
+        list[Pool],
+        Field(
+            min_length=1,
+            max_length=16,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+        ),
+    ]
+    """The pools of the policy: at most 16."""
+    require_prefill_peer: bool = True
+    """Cap decode pods only while a ready prefill pod of the same group exists. Some serving stacks label
+    pods decode that do all the work; capping those would slow prefill."""
+    group_by: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=316)]],
+        Field(max_length=4, json_schema_extra={"x-kubernetes-list-type": "set"}),
+    ] = []
+    """Label keys that tie decode pods to their prefill peer, e.g. [llm-d.ai/model]. Empty: all pods of the
+    policy are one group."""
+    verification: Verification = Verification()
+    guardrail: Guardrail = Guardrail()
+    placement: Placement = Placement()
+    cost: Cost = Cost()
+
+
+class Limiters(ApiModel):
+    """Seconds, summed over GPUs, for which the driver's counters say that something held the clock down."""
+
+    power_cap_seconds: PositiveDecimalString = "0"
+    """Software power cap: the board's power limit."""
+    thermal_seconds: PositiveDecimalString = "0"
+    """Thermal slowdown, software and hardware."""
+    power_brake_seconds: PositiveDecimalString = "0"
+    """External power brake signal."""
+    reliability_seconds: PositiveDecimalString = "0"
+    """Voltage reliability."""
+    board_limit_seconds: PositiveDecimalString = "0"
+    """Board limit."""
+
+
+class PowerCap(ApiModel):
+    """Whether the GPUs' power limit acted. It is measured per pool, never assumed."""
+
+    limit_watts: int | None = None
+    """Lowest enforced power limit of the pool's GPUs, in watts."""
+    peak_watts: int | None = None
+    """Highest instantaneous power of one GPU in the last report, in watts. Short peaks above the limit are normal."""
+    time_at_cap_percent: PositiveDecimalString | None = None
+    """Share of the busy time at the power cap, from the driver's nanosecond counter, in percent."""
+    verdict: PowerCapVerdict = PowerCapVerdict.UNKNOWN
+    """Inert: it never acted. Binding: it held the clock down. Unknown: too little busy time to say."""
+
+
+class Savings(ApiModel):
+    """The measured saving of a pool: GPU-board energy for each generated token, capped against released."""
+
+    method: Literal["Switchback", "None"]
+    """How it was measured."""
+    verdict: SavingsVerdict
+    """Verified: the interval excludes zero and its half-width is under 3 points. Inconclusive: not yet.
+    Unknown: it cannot be measured, the reason says why."""
+    reason: ReasonName
+    """One word for programs."""
+    message: Sentence
+    """A sentence for people."""
+    energy_percent: DecimalString | None = None
+    """Energy saved for each token, in percent of the energy when released. Negative: the cap costs energy."""
+    ci95: Annotated[list[DecimalString], Field(max_length=2)] | None = None
+    """95 % confidence interval of energyPercent: [low, high]."""
+    throughput_change_percent: DecimalString | None = None
+    """Change of tokens per second under the cap, in percent."""
+    inter_token_latency_change_percent: DecimalString | None = None
+    """Change of the mean inter-token latency under the cap, in percent."""
+    pairs: int = 0
+    """Pairs of neighbouring epochs behind the estimate."""
+    instances: int = 0
+    """Serving instances behind the estimate: the unit of the confidence interval."""
+    dropped_epochs: int = 0
+    """Epochs that could not be used: restarts, power or thermal limits, no tokens, missing samples."""
+    saved_kwh: PositiveDecimalString | None = None
+    """Energy saved so far while Verified, in kWh of GPU-board energy."""
+    saved_cost: PositiveDecimalString | None = None
+    """savedKWh times the policy's price (and PUE where given)."""
+    saved_kg_co2: PositiveDecimalString | None = None
+    """savedKWh times the policy's carbon intensity (and PUE where given), in kg."""
+
+
+class PoolReason(ApiModel):
+    """How many GPUs of a pool are in a state, and why."""
+
+    reason: ReasonName
+    """One word for programs."""
+    gpus: int
+    """Number of GPUs (0: about pods that have none yet)."""
+    message: Sentence
+    """A sentence for people."""
+
+
+class PoolStatus(ApiModel):
+    """What was measured on the GPUs of a pool. Absent numbers are unknown, never zero."""
+
+    name: Annotated[str, Field(max_length=32)]
+    """Name of the pool."""
+    role: Role
+    """Role of the pool."""
+    instances: int = 0
+    """Serving instances: pods, or groups of pods that serve together."""
+    pods: int = 0
+    """Selected pods."""
+    gpus: int = 0
+    """GPUs that those pods hold."""
+    locked: int = 0
+    """GPUs under a cap now. In control epochs they are released for comparison."""
+    requested_mhz: int | None = None
+    """The cap in force, snapped to what the GPUs support, in MHz."""
+    observed_mhz: int | None = None
+    """SM clock that capped GPUs ran at while busy, in MHz (the lowest of the pool)."""
+    power_watts: int | None = None
+    """Power of the pool's GPU boards now, from their energy counters, in watts."""
+    energy_kwh: PositiveDecimalString | None = None
+    """GPU-board energy of the pool since the policy was created, in kWh."""
+    tokens_per_second: PositiveDecimalString | None = None
+    """Generated tokens per second."""
+    joules_per_token: PositiveDecimalString | None = None
+    """GPU-board joules for each generated token (Prefill: for each computed prompt token)."""
+    inter_token_latency_ms: PositiveDecimalString | None = None
+    """Mean inter-token latency, in milliseconds."""
+    limiters: Limiters = Limiters()
+    clamped_gpus: int = 0
+    """GPUs whose clock stays below the cap under load although no limiter acts: firmware does it."""
+    clamp_seconds: PositiveDecimalString = "0"
+    """Seconds for which that was so, summed over GPUs."""
+    power_cap: PowerCap = PowerCap()
+    savings: Savings | None = None
+    reasons: Annotated[
+        list[PoolReason],
+        Field(
+            max_length=12, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["reason"]}
+        ),
+    ] = []
+    """Why GPUs of the pool are not capped (or are), by number of GPUs."""
+
+
+class Summary(ApiModel):
+    """The policy in a line, for kubectl get."""
+
+    gpus: int = 0
+    """GPUs of all pools."""
+    locked: int = 0
+    """GPUs under a cap now."""
+    clock: Annotated[str, Field(max_length=64)] = ""
+    """Caps asked for, e.g. 1590MHz."""
+    power: Annotated[str, Field(max_length=32)] = ""
+    """Power of all GPUs, e.g. 5120W."""
+    saved: Annotated[str, Field(max_length=64)] = ""
+    """Saving for each token with its half-width, e.g. 21.4%±1.5, or the verdict."""
+    observed: Annotated[str, Field(max_length=64)] = ""
+    """SM clock that capped GPUs ran at while busy, e.g. 1590MHz."""
+    joules_per_token: Annotated[str, Field(max_length=32)] = ""
+    """Of the Decode pools, e.g. 0.120."""
+
+
+class EnergyPolicyStatus(ApiModel):
+    """What is the case now, written by the operator."""
+
+    observed_generation: int = 0
+    """The generation of the spec that this status is about."""
+    conditions: Annotated[
+        list[Condition],
+        Field(
+            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+        ),
+    ] = []
+    """Ready, Enforced, Progressing, GuardrailTripped, ClockClamped, PowerCapBinding, Conflict, Verified."""
+    summary: Summary = Summary()
+    pools: Annotated[
+        list[PoolStatus],
+        Field(
+            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+        ),
+    ] = []
+    """What was measured, by pool."""
+    measured_at: Timestamp | None = None
+    """Time of the newest report behind these numbers."""

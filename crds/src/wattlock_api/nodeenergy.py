@@ -1,0 +1,299 @@
+"""NodeEnergy: what the operator asks of a node's agent, and what the agent measured.
+
+One object per node, written by machines. ``spec`` belongs to the operator alone, ``status`` to the node's
+agent alone, so the two never write the same field.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from wattlock_api.base import (
+    ApiModel,
+    DecimalString,
+    ObjectRef,
+    PositiveDecimalString,
+    ReasonName,
+    Sentence,
+    Timestamp,
+    Uid,
+)
+from wattlock_api.constants import GpuState, Mode, Role
+from wattlock_api.energypolicy import Guardrail, Limiters
+from wattlock_api.schedule import Experiment
+
+#: The scheme and a literal address: an agent never resolves a name.
+_METRICS_URL = r"^http://[0-9a-fA-F.:\[\]]+/[A-Za-z0-9._~/-]*$"
+InstanceName = Annotated[str, Field(min_length=1, max_length=512)]
+PoolName = Annotated[str, Field(min_length=1, max_length=32)]
+
+
+def _map_list(*keys: str) -> dict[str, object]:
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
+
+
+class PolicyRef(ObjectRef):
+    """The policy behind an order."""
+
+    generation: int = 0
+    """Generation of the policy's spec that the order follows."""
+
+
+class Hold(ApiModel):
+    """Why the operator does not want a Decode pod capped now."""
+
+    reason: ReasonName
+    """One word for programs."""
+    message: Sentence
+    """A sentence for people."""
+
+
+class OrderExperiment(ApiModel):
+    """Schedule of capped and released epochs; see wattlock_api.schedule."""
+
+    seed: Annotated[str, Field(min_length=1, max_length=64)]
+    """Seed of the random schedule: the UID of the policy."""
+    epoch_seconds: Annotated[int, Field(ge=20, le=3600)]
+    """Length of an epoch in seconds."""
+    control_share: Annotated[float, Field(ge=0.02, le=0.5)]
+    """Share of released epochs."""
+
+    def experiment(self) -> Experiment:
+        """Return the schedule that these numbers describe."""
+        return Experiment(self.seed, self.epoch_seconds, self.control_share)
+
+
+class Order(ApiModel):
+    """What is wanted of the GPUs of one pod."""
+
+    policy: PolicyRef
+    """The policy."""
+    pool: PoolName
+    """Its pool."""
+    role: Role
+    """The pool's role."""
+    pod: ObjectRef
+    """The pod, by UID: a later pod of the same name is another one."""
+    pod_uid: Uid
+    """UID of the pod once more: the key of the list."""
+    instance: InstanceName
+    """The serving instance that the pod belongs to. All its GPUs have the same arm in an epoch."""
+    mode: Mode
+    """Observe: write nothing."""
+    cap_mhz: Annotated[int, Field(ge=100, le=5000)] | None = None
+    """Upper bound of the SM clock in MHz. Absent: the GPUs are to be released."""
+    hold: Hold | None = None
+    """Why capMHz is absent although the pool has a clock."""
+    experiment: OrderExperiment | None = None
+    """Absent: capped in every epoch."""
+    guardrail: Guardrail | None = None
+    """When the agent releases by itself."""
+    metrics_url: Annotated[str, Field(pattern=_METRICS_URL, max_length=256)] | None = None
+    """Where the pod serves its metrics: its own address, never one that a user typed. Absent until it has one."""
+
+
+class NodeEnergySpec(ApiModel):
+    """Orders for the node's agent, written by the operator."""
+
+    orders: Annotated[list[Order], Field(max_length=256, json_schema_extra=_map_list("podUid"))] = []
+    """One for each selected pod on the node. A GPU whose pod has no order is released."""
+
+
+class ClockRange(ApiModel):
+    """Clocks from min to max in equal steps."""
+
+    min_mhz: int
+    """Lowest, in MHz."""
+    max_mhz: int
+    """Highest, in MHz."""
+    step_mhz: Annotated[int, Field(ge=1)]
+    """Step, in MHz."""
+
+
+class ProductClocks(ApiModel):
+    """SM clocks that a GPU product of the node supports, read from the driver."""
+
+    product: Annotated[str, Field(max_length=128)]
+    """Product as NVML names it."""
+    ranges: Annotated[list[ClockRange], Field(max_length=64)]
+    """The supported clocks."""
+
+
+class AgentStatus(ApiModel):
+    """The agent and what it can do on this node."""
+
+    version: Annotated[str, Field(max_length=64)] = ""
+    """Version of the agent."""
+    pod: Annotated[str, Field(max_length=253)] = ""
+    """Name of its pod."""
+    driver_version: Annotated[str, Field(max_length=64)] = ""
+    """NVIDIA driver version; empty while NVML does not answer."""
+    can_write: bool = False
+    """Whether the agent may lock clocks (it has the SYS_ADMIN capability, or a write has succeeded)."""
+    reason: ReasonName = ""
+    """Why it cannot work as asked, one word; empty when it can."""
+    message: Sentence = ""
+    """The same as a sentence with the remedy."""
+    products: Annotated[list[ProductClocks], Field(max_length=8)] = []
+    """Supported SM clocks by GPU product."""
+
+
+class GpuStatus(ApiModel):
+    """One GPU as its agent sees it. Counters run since the agent began to track the GPU for its holder."""
+
+    uuid: Annotated[str, Field(max_length=96)]
+    """UUID of the GPU."""
+    index: int
+    """Index in NVML's order."""
+    product: Annotated[str, Field(max_length=128)] = ""
+    """Product as NVML names it."""
+    state: GpuState
+    """Released, Locked, Observing, Conflict, Unsupported or Lost."""
+    reason: ReasonName
+    """Why, in one word."""
+    message: Sentence = ""
+    """Why, in a sentence."""
+    holder: ObjectRef | None = None
+    """The pod with an order that holds the GPU."""
+    policy_uid: Uid | None = None
+    """The policy that the holder's order follows."""
+    pool: PoolName | None = None
+    """Its pool."""
+    instance: InstanceName | None = None
+    """The serving instance."""
+    requested_mhz: int | None = None
+    """The cap that our lock asks for, in MHz, also while a control epoch releases it for comparison."""
+    observed_mhz: int | None = None
+    """Median SM clock while busy and capped, over the last report interval, in MHz."""
+    power_watts: int | None = None
+    """Mean power over the last report interval, from the energy counter, in watts."""
+    peak_watts: int | None = None
+    """Highest instantaneous power in the last report interval, in watts."""
+    power_limit_watts: int | None = None
+    """Enforced power limit, in watts."""
+    energy_joules: PositiveDecimalString = "0"
+    """Energy since tracking began, in joules; restarts of the driver's counter are bridged."""
+    busy_seconds: PositiveDecimalString = "0"
+    """Time with work, in seconds."""
+    clamped: bool = False
+    """Whether the clock is below the cap under load while no limiter acts."""
+    clamp_seconds: PositiveDecimalString = "0"
+    """Time for which that was so, in seconds."""
+    limiters: Limiters = Limiters()
+    """What held the clock down, in seconds."""
+
+
+class ArmTotals(ApiModel):
+    """Sums over the epochs of one arm of an instance."""
+
+    cap_mhz: Annotated[int, Field(ge=0, le=5000)]
+    """The cap, in MHz; 0 is the control arm (released)."""
+    seconds: PositiveDecimalString = "0"
+    """Time in this arm, in seconds."""
+    joules: PositiveDecimalString = "0"
+    """GPU-board energy, in joules."""
+    generated_tokens: PositiveDecimalString = "0"
+    """Generated tokens."""
+
+
+class Moments(ApiModel):
+    """Sum and sum of squares of a paired log ratio, log(cap) - log(control)."""
+
+    total: DecimalString = "0"
+    """Sum over the pairs."""
+    squares: PositiveDecimalString = "0"
+    """Sum of the squares."""
+
+
+class PairStats(ApiModel):
+    """Sufficient statistics of the paired epochs of one cap against control."""
+
+    cap_mhz: Annotated[int, Field(ge=100, le=5000)]
+    """The cap, in MHz."""
+    pairs: int = 0
+    """Number of pairs of neighbouring epochs."""
+    energy: Moments = Moments()
+    """Of joules for each generated token."""
+    throughput: Moments = Moments()
+    """Of generated tokens per second."""
+    latency_pairs: int = 0
+    """Pairs in which the inter-token latency was measured in both epochs."""
+    latency: Moments = Moments()
+    """Of the mean inter-token latency, over latencyPairs."""
+
+
+class DroppedEpochs(ApiModel):
+    """Epochs that took no part in the estimate, by cause."""
+
+    restart: int = 0
+    """The serving engine or a counter restarted."""
+    limiter: int = 0
+    """A power or thermal limiter acted in a way that differs between the arms' neighbours."""
+    no_tokens: int = 0
+    """No tokens were generated."""
+    samples: int = 0
+    """Fewer than 80 % of the samples."""
+    not_applied: int = 0
+    """The GPUs were not as the schedule asked: guardrail, conflict, a late start."""
+
+
+class InstanceStatus(ApiModel):
+    """A serving instance, as far as it runs on this node."""
+
+    key: Annotated[str, Field(max_length=640)]
+    """Policy UID and instance: the key of the list."""
+    policy_uid: Uid
+    """The policy."""
+    pool: PoolName
+    """The pool."""
+    instance: InstanceName
+    """The instance."""
+    reason: ReasonName = ""
+    """What is wrong with the serving metrics, one word; empty when nothing is."""
+    message: Sentence = ""
+    """The same as a sentence."""
+    tokens_per_second: PositiveDecimalString | None = None
+    """Generated tokens per second over the last report interval."""
+    prompt_tokens_per_second: PositiveDecimalString | None = None
+    """Prompt tokens computed here per second (not taken from a cache or another instance)."""
+    joules_per_token: PositiveDecimalString | None = None
+    """GPU-board joules for each generated token over the last report interval."""
+    inter_token_latency_ms: PositiveDecimalString | None = None
+    """Mean inter-token latency over the last report interval, in milliseconds."""
+    waiting_requests: int | None = None
+    """Requests that wait for a place in the batch."""
+    computes_prompts: bool = False
+    """Whether it is held released because it computes prompts itself."""
+    guardrail_tripped: bool = False
+    """Whether it is held released because the guardrail was breached."""
+    guardrail_message: Sentence = ""
+    """What was breached, by how much, until when it stays released."""
+    guardrail_trips: int = 0
+    """Breaches so far."""
+    energy_joules: PositiveDecimalString = "0"
+    """Energy of the instance's GPUs on this node since tracking began, in joules."""
+    arms: Annotated[list[ArmTotals], Field(max_length=16, json_schema_extra=_map_list("capMHz"))] = []
+    """Sums by arm."""
+    pair_stats: Annotated[list[PairStats], Field(max_length=16, json_schema_extra=_map_list("capMHz"))] = []
+    """The experiment so far."""
+    dropped: DroppedEpochs = DroppedEpochs()
+    """Epochs that were not used."""
+
+
+class NodeEnergyStatus(ApiModel):
+    """What the node's agent did and measured."""
+
+    observed_generation: int = 0
+    """Generation of the spec that the agent has acted on: every order of it is in force or refused with a reason."""
+    reported_at: Timestamp | None = None
+    """When the agent wrote this."""
+    phase: Literal["Running", "Stopping"] = "Running"
+    """Stopping: the agent has released its GPUs and is going away."""
+    agent: AgentStatus = AgentStatus()
+    """The agent."""
+    gpus: Annotated[list[GpuStatus], Field(max_length=32, json_schema_extra=_map_list("uuid"))] = []
+    """The GPUs of the node."""
+    instances: Annotated[list[InstanceStatus], Field(max_length=256, json_schema_extra=_map_list("key"))] = []
+    """The serving instances of the node."""
+    locked: int = 0
+    """Number of GPUs under a lock of ours, for kubectl get."""
