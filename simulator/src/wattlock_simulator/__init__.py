@@ -1,1 +1,1 @@
-"""A simulated GPU node for people without GPUs."""
+"""A simulated GPU node: NVML driver library, LLM serving and device plugin for machines without GPUs."""
