@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from wattlock_api.base import ApiModel
+from wattlock_api.base import ApiModel, cel
 from wattlock_api.clockprofile import ClockProfileSpec
 from wattlock_api.constants import GROUP, VERSION
 from wattlock_api.energypolicy import EnergyPolicySpec, EnergyPolicyStatus
@@ -160,9 +160,25 @@ def structural(schema: Json, definitions: Json) -> Json:
         result["additionalProperties"] = structural(schema["additionalProperties"], definitions)
     if result.get("type") == "integer":
         result.setdefault("format", "int64")
+    if result.get("type") == "number":
+        result = _exact_bounds(result)
     if "default" in result:
         result["default"] = _without_empty(result["default"], result)
     return result
+
+
+def _exact_bounds(schema: Json) -> Json:
+    """Turn fractional bounds into a CEL rule.
+
+    The API server cuts a fractional minimum or maximum to a whole number when the value is written without a
+    fraction: with ``minimum: 0.02`` it takes 0 (kube-openapi, validation/validate, MinimumNativeType).
+    """
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is None or high is None or (low == int(low) and high == int(high)):
+        return schema
+    rest = {key: value for key, value in schema.items() if key not in ("minimum", "maximum")}
+    rule = cel(f"self >= {float(low)} && self <= {float(high)}", f"must be between {low} and {high}")
+    return rest | {"x-kubernetes-validations": [rule]}
 
 
 def _without_empty(default: Any, schema: Json) -> Any:
