@@ -178,7 +178,7 @@ def fit(rows: Sequence[Row]) -> Fit:
 def render(result: Fit) -> str:
     """Source text of ``fitted.py``."""
     lines = [
-        '"""Constants of the physics, fitted to the recorded phases. Written by ``python -m wattlock_simulator.fit``."""',
+        '"""Constants of the physics, fitted to the recordings. Written by ``python -m wattlock_simulator.fit``."""',
         "",
         "from __future__ import annotations",
         "",

@@ -86,7 +86,7 @@ class Condition(ctypes.Structure):
 
 
 class WorkloadSlot(ctypes.Structure):
-    """What the serving engine runs. ``architecture`` 0: none. ``lease_until_ns`` on the monotonic clock; 0: for ever."""
+    """What the serving engine runs. ``architecture`` 0: none. ``lease_until_ns``: monotonic clock; 0 for ever."""
 
     _fields_ = (
         ("architecture", ctypes.c_uint32),

@@ -255,11 +255,9 @@ def idle_watts(product: Product, clock_mhz: float, *, context_alive: bool) -> fl
         context_alive: whether a process holds a CUDA context (a loaded model).
     """
     floor = IDLE_WATTS[product]
+    rise = LOADED_IDLE_WATTS[product] - floor
     if not context_alive:
-        # A pinned floor keeps idle clocks, and with them idle power, up (facts: LACT 908); half the effect of a context.
-        rise = 0.5 * (LOADED_IDLE_WATTS[product] - floor)
-    else:
-        rise = LOADED_IDLE_WATTS[product] - floor
+        rise *= 0.5  # a lock with a floor keeps idle clocks, and so idle power, up; how much is an assumption
     low = dynamic_power(MIN_CLOCK_MHZ)
     return floor + rise * (dynamic_power(clock_mhz) - low) / (1.0 - low)
 

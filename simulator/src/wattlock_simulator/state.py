@@ -197,3 +197,13 @@ def set_workload(
 def clear_workload(gpu: layout.Gpu) -> None:
     """Removes model and context from a GPU."""
     gpu.workload.architecture = 0
+
+
+def read_sensors(gpu: layout.Gpu) -> layout.Sensors:
+    """A consistent copy of the sensors: read again while the node process writes."""
+    for _ in range(100):
+        before = gpu.sensors.sequence
+        copy = layout.Sensors.from_buffer_copy(gpu.sensors)
+        if before == gpu.sensors.sequence and not before & 1:
+            break
+    return copy
