@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wattlock_api.constants import Reason
-
 from wattlock_agent.serving.base import ScrapeFailure, ServingCounters, difference, is_restart
 from wattlock_agent.serving.pages import MAX_LINES, MAX_PAGE_BYTES, MAX_SERIES, parse_page
+from wattlock_api.constants import Reason
 
 DATA = Path(__file__).parents[2] / "data"
 

@@ -10,6 +10,7 @@ import ipaddress
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -71,7 +72,8 @@ class Scraper:
                 Reason.METRICS_INVALID,
                 f"{url}: the answer is not proper HTTP ({type(error).__name__}); does the port serve plain HTTP?",
             )
-        return parse_page(page, at_seconds)
+        result = parse_page(page, at_seconds)
+        return replace(result, message=f"{url}: {result.message}") if isinstance(result, ScrapeFailure) else result
 
     def _fetch(self, url: str) -> bytes:
         address, port, path = _split(url)
