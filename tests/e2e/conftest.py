@@ -1,62 +1,13 @@
-"""Wattlock installed by its chart on the local cluster, and a namespace for a workload."""
+"""Fixtures of the end-to-end tier."""
 
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
+from installed import install, simulator, wattlock, workload
 from kubectl_tool import Kubectl
-from workloads import SYSTEM, Simulator, Workload, eventually
+from workloads import SYSTEM
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
-def install(kubectl: Kubectl) -> Callable[[], None]:
-    """Return a function that installs the chart with simulated GPUs, or brings it back."""
-
-    def helm_install() -> None:
-        command = [
-            *("helm", "upgrade", "--install", "wattlock", str(ROOT / "charts/wattlock"), "--namespace", SYSTEM),
-            *("--create-namespace", "--values", str(ROOT / "dev/demo/values.yaml"), "--wait", "--timeout", "3m"),
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert result.returncode == 0, result.stdout + result.stderr
-        eventually(
-            "both nodes offer GPUs",
-            lambda: all(
-                int(node["status"]["allocatable"].get("nvidia.com/gpu", 0)) >= 4
-                for node in kubectl.get("nodes")["items"]
-            ),
-            60,
-        )
-
-    return helm_install
-
-
-@pytest.fixture(scope="session")
-def wattlock(install: Callable[[], None]) -> None:
-    """Wattlock, installed by its chart."""
-    install()
-
-
-@pytest.fixture
-def simulator(kubectl: Kubectl, wattlock: None) -> Simulator:
-    """The simulated driver of all nodes."""
-    return Simulator(kubectl)
-
-
-@pytest.fixture
-def workload(kubectl: Kubectl, simulator: Simulator) -> Iterator[Workload]:
-    """An empty namespace for a workload; afterwards its policies and pods are gone and no GPU is locked."""
-    name = f"llm-{int(time.time() * 1000) % 10**9}"
-    kubectl.run("create", "namespace", name)
-    workload = Workload(kubectl, name, simulator)
-    yield workload
-    workload.kubectl.run("delete", "epol", "--all", "--timeout=90s", timeout_seconds=100)
-    kubectl.run("delete", "namespace", name, "--timeout=90s", timeout_seconds=100)
-    eventually("no GPU is locked after the test", lambda: not simulator.locked(), 30)
+__all__ = ["install", "simulator", "wattlock", "workload"]
 
 
 @pytest.fixture(autouse=True)

@@ -182,6 +182,11 @@ class Workload:
         )
         self.kubectl.run("exec", pod["metadata"]["name"], "--", "python", "-c", code, json.dumps(change))
 
+    def agents(self) -> list[dict[str, Any]]:
+        """Return the pods of the agents, on all nodes."""
+        found: list[dict[str, Any]] = self.kubectl.within(SYSTEM).get("pods", "-l", AGENT_LABEL)["items"]
+        return found
+
     def policy(self, name: str = "qwen") -> dict[str, Any]:
         """Return a policy as the API server has it."""
         found: dict[str, Any] = self.kubectl.get("epol", name)
