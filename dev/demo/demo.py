@@ -109,7 +109,7 @@ def driver_states() -> list[dict[str, Any]]:
 
 def true_saving_percent(cap_mhz: int) -> float:
     text = run(sys.executable, "-m", "wattlock_simulator", "truth", *WORKLOAD, "--cap", str(cap_mhz), "--json")
-    return float(json.loads(text)["saving_percent"])
+    return float(json.loads(text)["energy_percent"])
 
 
 def install() -> None:

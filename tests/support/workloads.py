@@ -78,7 +78,7 @@ class Simulator:
                 entry = json.loads(line)
                 writes.append(
                     Write(
-                        entry["time_ns"] / 1e9,
+                        entry["timeNs"] / 1e9,
                         entry["function"],
                         entry["uuid"],
                         tuple(entry["args"]),
@@ -100,13 +100,13 @@ class Simulator:
         command = [sys.executable, "-m", "wattlock_simulator", "truth", "--product", "H200", "--architecture", "GQA"]
         command += ["--batch", str(batch), "--context", str(context), "--cap", str(cap_mhz), "--json"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        return float(json.loads(result.stdout)["saving_percent"])
+        return float(json.loads(result.stdout)["energy_percent"])
 
 
 def serving(role: str, replicas: int, batch: int = 32, context: int = 4096, gpus: int = 1) -> dict[str, Any]:
     """Return a Deployment of simulated serving pods, labelled as llm-d labels them."""
     labels = {"llm-d.ai/role": role, "llm-d.ai/model": "qwen"}
-    container = {
+    container: dict[str, Any] = {
         "name": "vllm",
         "image": "localhost/wattlock-simulator:dev",
         "imagePullPolicy": "IfNotPresent",
@@ -118,6 +118,10 @@ def serving(role: str, replicas: int, batch: int = 32, context: int = 4096, gpus
         "readinessProbe": {"httpGet": {"path": "/healthz", "port": "metrics"}, "periodSeconds": 1},
         "resources": {"limits": {"nvidia.com/gpu": gpus}},
     }
+    if not gpus:
+        # The simulated engine needs a GPU; any server will do to be a pod without one.
+        container |= {"command": ["python", "-m", "http.server", str(SERVING_PORT)], "args": [], "resources": {}}
+        container["readinessProbe"] = {"tcpSocket": {"port": "metrics"}, "periodSeconds": 1}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
