@@ -1,0 +1,217 @@
+"""What the agent hears from and tells the API server, in two threads that never hold up the loop.
+
+One thread watches the node's own NodeEnergy, the other reads the operator's lease and writes the status. What they
+hear goes to the loop's queue as events.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from wattlock_api.base import parse_timestamp
+from wattlock_api.constants import AGENT_FIELD_MANAGER, GROUP, LEASE_NAME, VERSION
+from wattlock_api.nodeenergy import NodeEnergyStatus
+
+from wattlock_agent.api_client import WATCH_SECONDS, ApiClient, ApiError, Json
+from wattlock_agent.orders import NO_ORDERS, Orders, parse_orders
+
+_log = logging.getLogger(__name__)
+
+LEASE_SECONDS = 60.0
+#: Until the lease has been seen to change once.
+FIRST_LEASE_SECONDS = 5.0
+MISSING_SECONDS = 2.0
+MAX_BACKOFF_SECONDS = 30.0
+
+_COLLECTION = f"/apis/{GROUP}/{VERSION}/nodeenergies"
+
+
+@dataclass(frozen=True)
+class OrdersSeen:
+    """The orders as they are now."""
+
+    orders: Orders
+    status: Json | None = None
+    """With the first answer: the status that an earlier agent left."""
+
+
+@dataclass(frozen=True)
+class ApiAnswered:
+    """The API server answered."""
+
+
+@dataclass(frozen=True)
+class LeaseSeen:
+    """The operator's lease was read."""
+
+    renewal: str | None
+    age_seconds: float | None
+    """Age by this machine's clock."""
+
+
+@dataclass(frozen=True)
+class StatusWritten:
+    """The end of an attempt to write the status."""
+
+    problem: str
+    """Empty: it is written."""
+    missing: bool = False
+    """The NodeEnergy does not exist (yet)."""
+
+
+Event = OrdersSeen | ApiAnswered | LeaseSeen | StatusWritten
+Post = Callable[[Event], None]
+
+
+class OrderWatch:
+    """Follows the orders."""
+
+    def __init__(self, client: ApiClient, node_name: str, post: Post) -> None:
+        self._client = client
+        self._node_name = node_name
+        self._post = post
+        self._seen: tuple[str, int] | None = None
+        self._first = True
+
+    def run(self) -> None:
+        """Follow for ever."""
+        backoff_seconds = 1.0
+        while True:
+            started_seconds = time.monotonic()
+            try:
+                exists = self.follow()
+                pause_seconds = 0.1 if exists else MISSING_SECONDS
+                backoff_seconds = 1.0
+            except ApiError as error:
+                if time.monotonic() - started_seconds > MAX_BACKOFF_SECONDS:
+                    backoff_seconds = 1.0  # it had worked for a while
+                pause_seconds = backoff_seconds
+                backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
+                _log.warning("orders: %s; trying again in %.0f s", error, pause_seconds)
+            time.sleep(pause_seconds * random.uniform(0.7, 1.3))  # noqa: S311 - spreads load, guards nothing
+
+    def follow(self) -> bool:
+        """Read the object, then watch it until the server ends the watch. Returns whether it exists.
+
+        Starting each watch with a read makes resumption and expired resource versions no special case.
+
+        Raises:
+            ApiError: the API server does not answer.
+        """
+        resource = self._client.get(f"{_COLLECTION}/{self._node_name}")
+        self._notice(resource)
+        if resource is None:
+            return False
+        version = resource.get("metadata", {}).get("resourceVersion", "")
+        query = (
+            f"?watch=1&fieldSelector=metadata.name={self._node_name}&allowWatchBookmarks=true"
+            f"&resourceVersion={version}&timeoutSeconds={WATCH_SECONDS}"
+        )
+        for event in self._client.watch(_COLLECTION + query):
+            kind = event.get("type")
+            if kind == "ERROR":
+                return True
+            if kind == "BOOKMARK":
+                self._post(ApiAnswered())
+            elif kind == "DELETED":
+                self._notice(None)
+                return False
+            else:
+                self._notice(event.get("object"))
+        return True
+
+    def _notice(self, resource: Json | None) -> None:
+        if resource is None:
+            self._seen, self._first = None, False
+            self._post(OrdersSeen(NO_ORDERS))
+            return
+        metadata = resource.get("metadata", {})
+        seen = (str(metadata.get("uid")), int(metadata.get("generation", 0)))
+        if seen == self._seen:  # our own status, mostly
+            self._post(ApiAnswered())
+            return
+        self._seen = seen
+        orders = parse_orders(seen[1], resource.get("spec") or {})
+        for problem in orders.unreadable:
+            _log.warning("orders: %s", problem)
+        self._post(OrdersSeen(orders, resource.get("status") if self._first else None))
+        self._first = False
+
+
+class StatusLink:
+    """Writes the newest status and reads the lease."""
+
+    def __init__(self, client: ApiClient, node_name: str, operator_namespace: str, post: Post) -> None:
+        self._client = client
+        self._status_path = f"{_COLLECTION}/{node_name}/status?fieldManager={AGENT_FIELD_MANAGER}"
+        self._lease_path = f"/apis/coordination.k8s.io/v1/namespaces/{operator_namespace}/leases/{LEASE_NAME}"
+        self._post = post
+        self._next: NodeEnergyStatus | None = None
+        self._wake = threading.Condition()
+        self._writing = False
+        self._renewal: str | None = None
+        self._lease_changed = False
+
+    def put(self, status: NodeEnergyStatus) -> None:
+        """Hand over a status; one that was not written yet is superseded."""
+        with self._wake:
+            self._next = status
+            self._wake.notify_all()
+
+    def drain(self, timeout_seconds: float) -> bool:
+        """Wait until nothing is left to write; returns whether it came to that."""
+        with self._wake:
+            return self._wake.wait_for(lambda: self._next is None and not self._writing, timeout_seconds)
+
+    def run(self) -> None:
+        """Serve for ever."""
+        lease_due_seconds = time.monotonic()
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._next is not None, max(0.0, lease_due_seconds - time.monotonic()))
+                status, self._next = self._next, None
+                self._writing = status is not None
+            if status is not None:
+                self.write(status)
+                with self._wake:
+                    self._writing = False
+                    self._wake.notify_all()
+            if time.monotonic() >= lease_due_seconds:
+                self.read_lease()
+                pause_seconds = LEASE_SECONDS if self._lease_changed else FIRST_LEASE_SECONDS
+                lease_due_seconds = time.monotonic() + pause_seconds * random.uniform(0.8, 1.0)  # noqa: S311
+
+    def write(self, status: NodeEnergyStatus) -> None:
+        """Write the status once."""
+        try:
+            self._client.merge_patch(self._status_path, {"status": status.to_api()})
+        except ApiError as error:
+            if error.status != 404:
+                _log.warning("status: %s", error)
+            self._post(StatusWritten(str(error), missing=error.status == 404))
+            return
+        self._post(StatusWritten(""))
+
+    def read_lease(self) -> None:
+        """Read the lease once."""
+        try:
+            lease = self._client.get(self._lease_path)
+        except ApiError as error:
+            _log.warning("lease: %s", error)
+            return
+        renewal = (lease or {}).get("spec", {}).get("renewTime")
+        age_seconds = None
+        if isinstance(renewal, str):
+            try:
+                age_seconds = time.time() - parse_timestamp(renewal)
+            except ValueError:
+                renewal = None
+        else:
+            renewal = None
+        if self._renewal is not None and renewal != self._renewal:
+            self._lease_changed = True
+        self._renewal = renewal
+        self._post(LeaseSeen(renewal, age_seconds))

@@ -1,0 +1,162 @@
+"""What is known of one GPU over time: energy, clocks, limiters and clamps, for its present holder. Pure."""
+
+from collections import deque
+from dataclasses import dataclass, fields
+from statistics import median_low
+
+from wattlock_api.nodeenergy import GpuStatus
+
+from wattlock_agent.energy import EnergyMeter
+from wattlock_agent.gpu.base import GpuReading, LimiterNanoseconds
+from wattlock_agent.verify import BUSY_PERCENT, SETTLE_SECONDS, Finding, LockReading, LockWatch, check_lock
+
+#: "The last report interval" of the status.
+WINDOW_SECONDS = 15.0
+#: Readings further apart are not one stretch of time: what happened between them is not guessed.
+_MAX_GAP_SECONDS = 3.0
+_CLAMP_WINDOW_SECONDS = 10.0
+_CLAMP_MIN_READINGS = 5
+#: Only a GPU that never rests shows by a low clock that something holds it down.
+_CLAMP_BUSY_PERCENT = 90
+#: Event-reason bits of limiters (power cap, hardware slowdown, thermal, power brake, board limit, reliability): used
+#: where the counters are missing. https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html
+_LIMITER_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80 | 0x200 | 0x400
+
+LIMITER_NAMES = tuple(field.name for field in fields(LimiterNanoseconds))
+
+
+@dataclass(frozen=True)
+class _Moment:
+    at_seconds: float
+    sm_mhz: int | None
+    busy_percent: int
+    capped: bool
+    limited: bool
+    peak_mw: int | None
+
+
+def busy_percent(reading: GpuReading) -> int:
+    """Return the share of time with work; where the GPU does not tell, the idle bit decides."""
+    if reading.utilization_percent is not None:
+        return reading.utilization_percent
+    if reading.event_reasons is not None:
+        return 0 if reading.event_reasons & 0x1 else 100
+    return 0
+
+
+class GpuTrack:
+    """Sums and recent readings of one GPU. Begins anew when the holder changes."""
+
+    def __init__(self, holder_uid: str, before: GpuStatus | None = None) -> None:
+        """``before`` is what an earlier agent had reported; it counts when it was for the same holder."""
+        same = before is not None and before.holder is not None and before.holder.uid == holder_uid
+        self.holder_uid = holder_uid
+        self.meter = EnergyMeter(float(before.energy_joules) if before and same else 0.0)
+        self.busy_seconds = float(before.busy_seconds) if before and same else 0.0
+        self.clamp_seconds = float(before.clamp_seconds) if before and same else 0.0
+        self.limiter_seconds = dict.fromkeys(LIMITER_NAMES, 0.0)
+        if before and same:
+            for name in LIMITER_NAMES:
+                self.limiter_seconds[name] = float(getattr(before.limiters, f"{name}_seconds"))
+        self.last: GpuReading | None = None
+        self.clamped = False
+        self.watch = LockWatch()
+        self._recent: deque[_Moment] = deque(maxlen=64)
+
+    def add(
+        self, reading: GpuReading, cap_mhz: int | None, step_mhz: int, lock_age_seconds: float | None
+    ) -> tuple[Finding, bool]:
+        """Add a reading taken while our lock asked for ``cap_mhz`` (``None``: released).
+
+        Returns:
+            What it says about the lock, and whether the energy counter went back.
+        """
+        restarted = self.meter.add(reading.at_seconds, reading.energy_mj)
+        before, self.last = self.last, reading
+        seconds = 0.0 if before is None or restarted else reading.at_seconds - before.at_seconds
+        if not 0 < seconds <= _MAX_GAP_SECONDS:
+            seconds = 0.0
+        limited = self._add_limiters(before, reading, seconds)
+        busy = busy_percent(reading)
+        self.busy_seconds += seconds * busy / 100
+        settled = lock_age_seconds is not None and lock_age_seconds >= SETTLE_SECONDS
+        self._recent.append(
+            _Moment(
+                reading.at_seconds,
+                reading.sm_mhz,
+                busy,
+                settled and cap_mhz is not None,
+                limited,
+                reading.power_instant_mw,
+            )
+        )
+        self.clamped = cap_mhz is not None and settled and self._is_clamped(reading.at_seconds, cap_mhz - step_mhz)
+        if self.clamped:
+            self.clamp_seconds += seconds
+        if cap_mhz is None or lock_age_seconds is None:
+            self.watch = LockWatch(losses=self.watch.losses)
+            return Finding.FINE, restarted
+        self.watch, finding = check_lock(
+            self.watch,
+            LockReading(reading.at_seconds, reading.sm_mhz, busy >= BUSY_PERCENT, cap_mhz, step_mhz, lock_age_seconds),
+        )
+        return finding, restarted
+
+    @property
+    def hot_seconds(self) -> float:
+        """Seconds under limiters that spoil a comparison: all but the power cap, which is part of a cap's effect."""
+        return sum(seconds for name, seconds in self.limiter_seconds.items() if name != "power_cap")
+
+    def watts(self) -> float | None:
+        """Return mean power over the last report interval, from the energy counter."""
+        return self.meter.mean_watts(WINDOW_SECONDS)
+
+    def peak_watts(self) -> float | None:
+        """Return the highest instantaneous power of the last report interval."""
+        peaks = [moment.peak_mw for moment in self._within(WINDOW_SECONDS) if moment.peak_mw is not None]
+        return max(peaks) / 1000 if peaks else None
+
+    def observed_mhz(self) -> int | None:
+        """Return the median SM clock while busy and capped, over the last report interval."""
+        clocks = [
+            moment.sm_mhz
+            for moment in self._within(WINDOW_SECONDS)
+            if moment.capped and moment.busy_percent >= BUSY_PERCENT and moment.sm_mhz is not None
+        ]
+        return median_low(clocks) if clocks else None
+
+    def _within(self, window_seconds: float) -> list[_Moment]:
+        if not self._recent:
+            return []
+        newest = self._recent[-1].at_seconds
+        return [moment for moment in self._recent if newest - moment.at_seconds <= window_seconds]
+
+    def _is_clamped(self, now_seconds: float, floor_mhz: int) -> bool:
+        """Whether the median clock under full load is below ``floor_mhz`` while no limiter acted in the window."""
+        moments = [
+            moment
+            for moment in self._within(_CLAMP_WINDOW_SECONDS)
+            if moment.capped and moment.busy_percent >= _CLAMP_BUSY_PERCENT and moment.sm_mhz is not None
+        ]
+        if len(moments) < _CLAMP_MIN_READINGS or moments[-1].at_seconds != now_seconds:
+            return False
+        if any(moment.limited for moment in moments):
+            return False
+        return median_low([moment.sm_mhz or 0 for moment in moments]) < floor_mhz
+
+    def _add_limiters(self, before: GpuReading | None, reading: GpuReading, seconds: float) -> bool:
+        """Add what the counters grew by; returns whether any limiter acted."""
+        if before is None:
+            return False
+        counted = acted = False
+        for name in LIMITER_NAMES:
+            old, new = getattr(before.limiters, name), getattr(reading.limiters, name)
+            if old is None or new is None:
+                continue
+            counted = True
+            if seconds and new > old:  # a decrease is a reload: what was before it is already added
+                acted = True
+                self.limiter_seconds[name] += min((new - old) / 1e9, 2 * seconds)
+        if not counted and reading.event_reasons is not None:
+            return bool(reading.event_reasons & _LIMITER_BITS)
+        return acted
