@@ -1,7 +1,7 @@
 """Generates what the chart repeats: ``python charts/generate.py [--check]``.
 
-The CRDs are copied from ``crds/`` (Helm packs only what lies inside the chart, and a symbolic link does not survive on every
-system), and the table of values in the chart's README is made from the comments in ``values.yaml``.
+The CRDs are copied from ``crds/`` (Helm packs only what lies inside the chart, and a symbolic link does not survive on
+every system), and the table of values in the chart's README is made from the comments in ``values.yaml``.
 """
 
 import argparse

@@ -1,0 +1,378 @@
+"""What the chart renders, over a matrix of values."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.chart]
+
+MATRIX: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "simulator": ("simulator.enabled=true", "simulator.gpusPerNode=4", "simulator.product=H100"),
+    "driver on the host": ("agent.driver.mode=hostPath",),
+    "no crds": ("crds.install=false",),
+    "crds not kept": ("crds.keep=false",),
+    "no admission": ("admission.enabled=false",),
+    "pod monitors": ("metrics.podMonitor.enabled=true", "metrics.podMonitor.labels.release=prometheus"),
+    "agents apart": ("agent.namespace=gpu-agents", "metrics.podMonitor.enabled=true"),
+    "no hook": ("hooks.preDelete.enabled=false",),
+    "everything set": (
+        "image.registry=registry.example/team",
+        "image.tag=dev",
+        "image.pullSecrets[0].name=pull",
+        "operator.image.digest=sha256:" + 64 * "a",
+        "operator.tolerations[0].operator=Exists",
+        "operator.priorityClassName=high",
+        "operator.podLabels.team=serving",
+        "operator.extraEnv[0].name=N",
+        "operator.extraEnv[0].value=on",
+        "agent.priorityClassName=system-node-critical",
+        "agent.podAnnotations.note=yes",
+        "agent.podLabels.team=serving",
+        "agent.extraEnv[0].name=Y",
+        "agent.extraEnv[0].value=off",
+        "metrics.scrapeAnnotations=false",
+        "rbac.aggregate=false",
+    ),
+}
+every_case = pytest.mark.parametrize("case", MATRIX, ids=lambda case: case.replace(" ", "-"))
+
+
+def named(objects: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
+    """Return the one object of a kind and a name."""
+    (found,) = [o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name]
+    return found
+
+
+def kinds(objects: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [o for o in objects if o["kind"] == kind]
+
+
+def agent_template(objects: list[dict[str, Any]], name: str = "wattlock-agent-template") -> dict[str, Any]:
+    """Return the DaemonSet that the operator reads."""
+    daemonset = yaml.safe_load(named(objects, "ConfigMap", name)["data"]["agent-daemonset.yaml"])
+    assert (daemonset["apiVersion"], daemonset["kind"]) == ("apps/v1", "DaemonSet")
+    return daemonset
+
+
+def pods(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the pod spec of everything that runs, by component."""
+    found = {}
+    for o in [*objects, agent_template(objects)]:
+        if o["kind"] in ("Deployment", "DaemonSet", "Job"):
+            found[o["metadata"]["labels"]["app.kubernetes.io/component"]] = o["spec"]["template"]["spec"]
+        elif o["kind"] == "Pod":
+            found[o["metadata"]["labels"]["app.kubernetes.io/component"]] = o["spec"]
+    return found
+
+
+def environment(container: dict[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry.get("value", "") for entry in container["env"]}
+
+
+def strings(value: Any, place: str) -> None:
+    """Fail where labels, annotations, selectors or environment hold something else than text."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            assert isinstance(key, str), f"{place}: key {key!r}"
+            if key in ("labels", "annotations", "matchLabels", "nodeSelector") and isinstance(inner, dict):
+                assert all(isinstance(text, str) for text in inner.values()), f"{place}.{key}: {inner}"
+            if key == "env":
+                assert all(isinstance(entry.get("value", ""), str) for entry in inner), f"{place}.env: {inner}"
+            strings(inner, f"{place}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            strings(inner, f"{place}[{index}]")
+
+
+def test_helm_lint_has_nothing_to_say(helm):
+    result = helm.run("lint", "--strict", str(helm.chart))
+    assert "1 chart(s) linted, 0 chart(s) failed" in result.stdout
+    assert "[WARNING]" not in result.stdout
+
+
+@every_case
+def test_no_role_has_a_wildcard(helm, case):
+    for role in [o for o in helm.render(*MATRIX[case]) if o["kind"] in ("Role", "ClusterRole")]:
+        for rule in role["rules"]:
+            assert not {"*"} & {*rule["apiGroups"], *rule["resources"], *rule["verbs"]}, role["metadata"]["name"]
+            assert not {"secrets", "pods/exec", "nodes/proxy", "impersonate", "escalate", "bind"} & {
+                *rule["resources"],
+                *rule["verbs"],
+            }
+
+
+@every_case
+def test_every_container_is_confined(helm, case):
+    running = pods(helm.render(*MATRIX[case]))
+    assert {"operator", "agent", "check"} <= set(running)
+    for component, pod in running.items():
+        assert not any(pod.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")), component
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, component
+        for container in pod["containers"]:
+            context = container["securityContext"]
+            assert context["capabilities"] == {"drop": ["ALL"]}, component
+            assert context["allowPrivilegeEscalation"] is False, component
+            assert context["readOnlyRootFilesystem"] is True, component
+            assert not context.get("privileged"), component
+            assert {"cpu", "memory"} <= set(container["resources"]["requests"]), component
+            assert "memory" in container["resources"]["limits"], component
+
+
+@every_case
+def test_what_needs_nothing_of_its_node_fits_pod_security_restricted(helm, case):
+    for component, pod in pods(helm.render(*MATRIX[case])).items():
+        if component in ("agent", "simulator"):
+            continue
+        assert pod["securityContext"]["runAsNonRoot"] is True, component
+        assert pod["securityContext"]["runAsUser"] == 65532, component
+        assert all("hostPath" not in volume for volume in pod["volumes"]), component
+
+
+@every_case
+def test_only_what_talks_to_the_api_server_has_a_token(helm, case):
+    objects = helm.render(*MATRIX[case])
+    for account in kinds(objects, "ServiceAccount"):
+        assert account["automountServiceAccountToken"] is False
+    for component, pod in pods(objects).items():
+        assert pod["automountServiceAccountToken"] is (component != "simulator"), component
+
+
+@every_case
+def test_text_stays_text(helm, case):
+    objects = helm.render(*MATRIX[case])
+    for o in [*objects, agent_template(objects)]:
+        # a schema is no object: its "labels" are descriptions of labels
+        strings(o["metadata"] if o["kind"] == "CustomResourceDefinition" else o, o["metadata"]["name"])
+
+
+@every_case
+def test_the_notes_render(helm, case):
+    result = helm.run(
+        *("install", "wattlock", str(helm.chart), "--namespace", "n", "--dry-run=client"),
+        *(word for pair in MATRIX[case] for word in ("--set", pair)),
+    )
+    notes = result.stdout.split("NOTES:", 1)[1]
+    assert "charts/wattlock/examples/llm-d-observe.yaml" in notes
+    assert ("WARNING: SIMULATED GPUs" in notes) == (case == "simulator")
+    assert ("admission.enabled is false" in notes) == (case == "no admission")
+    assert ("hooks.preDelete.enabled is false" in notes) == (case == "no hook")
+
+
+def test_the_operator_is_one_and_knows_its_surroundings(helm):
+    objects = helm.render("agent.namespace=gpu-agents")
+    deployment = named(objects, "Deployment", "wattlock-operator")
+    assert (deployment["spec"]["replicas"], deployment["spec"]["strategy"]) == (1, {"type": "Recreate"})
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    known = environment(container)
+    assert container["args"] == ["run"]
+    assert known["WATTLOCK_AGENT_NAMESPACE"] == "gpu-agents"
+    assert known["WATTLOCK_HTTP_PORT"] == "8080"
+    assert known["LOGNAME"] == "wattlock"
+    assert {"WATTLOCK_NAMESPACE", "POD_NAME"} <= set(known)
+    assert container["ports"] == [{"name": "http", "containerPort": 8080, "protocol": "TCP"}]
+    assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+    mount = next(m for m in container["volumeMounts"] if m["name"] == "agent-template")
+    key = known["WATTLOCK_AGENT_TEMPLATE"].removeprefix(mount["mountPath"] + "/")
+    assert key in named(objects, "ConfigMap", "wattlock-agent-template")["data"]
+
+
+def test_a_changed_agent_template_restarts_the_operator(helm):
+    def checksum(*sets: str) -> str:
+        deployment = named(helm.render(*sets), "Deployment", "wattlock-operator")
+        return deployment["spec"]["template"]["metadata"]["annotations"]["checksum/agent-template"]
+
+    assert checksum() == checksum()
+    assert checksum() != checksum("agent.image.repository=other")
+
+
+def test_the_agent_template_leaves_to_the_operator_what_a_policy_decides(helm):
+    spec = agent_template(helm.render())["spec"]
+    pod = spec["template"]["spec"]
+    assert not {"nodeSelector", "tolerations", "runtimeClassName"} & set(pod)
+    (container,) = pod["containers"]
+    assert "WATTLOCK_MODE" not in environment(container)
+    assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+
+
+def test_the_agent_template_is_what_the_agent_expects(helm):
+    objects = helm.render("agent.namespace=gpu-agents", "agent.stateDirectory=/data/wattlock")
+    daemonset = agent_template(objects)
+    assert daemonset["metadata"]["namespace"] == "gpu-agents"
+    assert daemonset["spec"]["updateStrategy"]["rollingUpdate"] == {"maxUnavailable": "100%"}
+    pod = daemonset["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 30
+    assert pod["securityContext"]["runAsUser"] == 0
+    named(objects, "ServiceAccount", pod["serviceAccountName"])
+    (container,) = pod["containers"]
+    assert (container["name"], container["args"]) == ("agent", ["run"])
+    known = environment(container)
+    assert known["WATTLOCK_NAMESPACE"] == "wattlock-system"
+    assert known["WATTLOCK_STATE_DIR"] == "/var/lib/wattlock"
+    assert known["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert known["NVIDIA_DRIVER_CAPABILITIES"] == "utility"
+    assert {"NODE_NAME", "POD_NAME"} <= set(known)
+    assert container["ports"] == [{"name": "metrics", "containerPort": 9400, "protocol": "TCP"}]
+    volumes = {volume["name"]: volume["hostPath"] for volume in pod["volumes"]}
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    assert volumes["state"] == {"path": "/data/wattlock", "type": "DirectoryOrCreate"}
+    assert "readOnly" not in mounts["state"]
+    assert volumes["pod-resources"]["path"] == "/var/lib/kubelet/pod-resources"
+    assert mounts["pod-resources"]["readOnly"] is True
+    assert set(volumes) == {"state", "pod-resources"}
+
+
+def test_the_agent_leaves_a_node_whose_driver_is_replaced(helm):
+    pod = agent_template(helm.render())["spec"]["template"]["spec"]
+    terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    key = "nvidia.com/gpu.deploy.client"
+    # terms are alternatives: no such label, or "true"; "paused-for-driver-upgrade" fits neither
+    assert [term["matchExpressions"] for term in terms] == [
+        [{"key": key, "operator": "DoesNotExist"}],
+        [{"key": key, "operator": "In", "values": ["true"]}],
+    ]
+
+
+def test_a_driver_on_the_host_is_mounted_to_read(helm):
+    pod = agent_template(helm.render("agent.driver.mode=hostPath"))["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert environment(container)["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert "NVIDIA_VISIBLE_DEVICES" not in environment(container)
+    assert {"name": "driver", "mountPath": "/usr/local/nvidia", "readOnly": True} in container["volumeMounts"]
+    volume = next(volume for volume in pod["volumes"] if volume["name"] == "driver")
+    assert volume["hostPath"] == {"path": "/home/kubernetes/bin/nvidia", "type": "Directory"}
+
+
+def test_the_simulator_takes_the_place_of_the_driver(helm):
+    objects = helm.render(*MATRIX["simulator"])
+    daemonset = named(objects, "DaemonSet", "wattlock-simulator")
+    (simulator,) = daemonset["spec"]["template"]["spec"]["containers"]
+    folder = "/var/lib/wattlock-simulator"
+    assert simulator["args"] == ["node", "--directory", folder, "--gpus", "4", "--product", "H100"]
+    pod = agent_template(objects)["spec"]["template"]["spec"]
+    (agent,) = pod["containers"]
+    assert environment(agent)["LD_LIBRARY_PATH"] == folder
+    assert {"name": "driver", "mountPath": folder, "readOnly": False} in agent["volumeMounts"]
+    for spec in (pod, daemonset["spec"]["template"]["spec"]):
+        driver = next(volume for volume in spec["volumes"] if volume["name"] == "driver")
+        assert driver["hostPath"]["path"] == folder
+
+
+def test_the_simulator_keeps_away_from_real_gpus(helm):
+    assert kinds(helm.render(), "DaemonSet") == []
+    daemonset = named(helm.render("simulator.enabled=true"), "DaemonSet", "wattlock-simulator")
+    affinity = daemonset["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+    (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert {"key": "nvidia.com/gpu.product", "operator": "DoesNotExist"} in term["matchExpressions"]
+
+
+def test_crds_are_installed_and_kept_as_asked(helm):
+    def annotations(*sets: str) -> list[dict[str, str]]:
+        crds = kinds(helm.render(*sets), "CustomResourceDefinition")
+        return [crd["metadata"].get("annotations", {}) for crd in crds]
+
+    assert annotations() == [{"helm.sh/resource-policy": "keep"}] * 3
+    assert annotations("crds.keep=false") == [{}] * 3
+    assert annotations("crds.install=false") == []
+
+
+def test_the_release_hook_has_its_rights_before_it_runs(helm):
+    hooks = [
+        o
+        for o in helm.render("hooks.preDelete.timeoutSeconds=120")
+        if o["metadata"].get("annotations", {}).get("helm.sh/hook") == "pre-delete"
+    ]
+    weights = {o["kind"]: int(o["metadata"]["annotations"]["helm.sh/hook-weight"]) for o in hooks}
+    assert all(weight < weights["Job"] for kind, weight in weights.items() if kind != "Job")
+    assert {"ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "Job"} == set(weights)
+    for o in hooks:
+        assert o["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation,hook-succeeded"
+    (job,) = kinds(hooks, "Job")
+    assert job["spec"]["activeDeadlineSeconds"] == 120
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == ["release-all"]
+    assert environment(container)["WATTLOCK_RELEASE_TIMEOUT_SECONDS"] == "90"
+    named(hooks, "ServiceAccount", job["spec"]["template"]["spec"]["serviceAccountName"])
+
+
+def test_every_binding_names_a_role_and_an_account_that_exist(helm):
+    objects = helm.render("agent.namespace=gpu-agents")
+    roles = {(o["kind"], o["metadata"].get("namespace"), o["metadata"]["name"]) for o in objects}
+    for binding in [o for o in objects if o["kind"] in ("RoleBinding", "ClusterRoleBinding")]:
+        role = binding["roleRef"]
+        assert (role["kind"], binding["metadata"].get("namespace"), role["name"]) in roles
+        for subject in binding["subjects"]:
+            assert (subject["kind"], subject["namespace"], subject["name"]) in roles
+
+
+def test_the_agent_may_do_little(helm):
+    objects = helm.render("agent.namespace=gpu-agents")
+    assert named(objects, "ClusterRole", "wattlock-agent")["rules"] == [
+        {"apiGroups": ["wattlock.dev"], "resources": ["nodeenergies"], "verbs": ["get", "list", "watch"]},
+        {"apiGroups": ["wattlock.dev"], "resources": ["nodeenergies/status"], "verbs": ["patch"]},
+    ]
+    lease = named(objects, "Role", "wattlock-agent-lease")
+    assert lease["metadata"]["namespace"] == "wattlock-system"
+    assert lease["rules"] == [
+        {
+            "apiGroups": ["coordination.k8s.io"],
+            "resources": ["leases"],
+            "resourceNames": ["wattlock-operator"],
+            "verbs": ["get"],
+        }
+    ]
+    bound = [
+        o["roleRef"]["name"]
+        for o in objects
+        if o["kind"] in ("RoleBinding", "ClusterRoleBinding")
+        and any(subject["name"] == "wattlock-agent" for subject in o["subjects"])
+    ]
+    assert sorted(bound) == ["wattlock-agent", "wattlock-agent-lease"]
+
+
+def test_nobody_gets_a_right_to_edit_a_nodeenergy_by_aggregation(helm):
+    for name in ("wattlock-viewer", "wattlock-editor"):
+        for rule in named(helm.render(), "ClusterRole", name)["rules"]:
+            if "nodeenergies" in rule["resources"]:
+                assert set(rule["verbs"]) == {"get", "list", "watch"}
+
+
+@pytest.mark.parametrize("release", ["w", "wattlock", "a" * 53, "prod-wattlock-" + "b" * 39])
+def test_names_fit_and_differ_however_long_the_release_is_called(helm, release):
+    objects = helm.render("simulator.enabled=true", release=release)
+    names = [(o["kind"], o["metadata"].get("namespace"), o["metadata"]["name"]) for o in objects]
+    assert len(set(names)) == len(names)
+    for o in objects:
+        assert len(o["metadata"]["name"]) <= 63
+        assert all(len(value) <= 63 for value in o["metadata"].get("labels", {}).values())
+
+
+def test_images_come_from_the_registry_that_was_named(helm):
+    running = pods(helm.render(*MATRIX["everything set"], "simulator.enabled=true"))
+    images = {component: pod["containers"][0]["image"] for component, pod in running.items()}
+    at_digest = "registry.example/team/wattlock-operator@sha256:" + 64 * "a"
+    assert images == {
+        "operator": at_digest,
+        "release-hook": at_digest,
+        "check": at_digest,
+        "agent": "registry.example/team/wattlock-agent:dev",
+        "simulator": "registry.example/team/wattlock-simulator:dev",
+    }
+    assert all(pod["imagePullSecrets"] == [{"name": "pull"}] for pod in running.values())
+
+
+def test_pod_monitors_look_where_the_pods_are(helm):
+    objects = helm.render(*MATRIX["agents apart"])
+    for component, namespace, port in (("operator", "wattlock-system", 8080), ("agent", "gpu-agents", 9400)):
+        monitor = named(objects, "PodMonitor", f"wattlock-{component}")["spec"]
+        assert monitor["namespaceSelector"] == {"matchNames": [namespace]}
+        (container,) = pods(objects)[component]["containers"]
+        (endpoint,) = monitor["podMetricsEndpoints"]
+        assert {"name": endpoint["port"], "containerPort": port, "protocol": "TCP"} in container["ports"]
+        labels = (
+            agent_template(objects) if component == "agent" else named(objects, "Deployment", "wattlock-operator")
+        )["spec"]["template"]["metadata"]["labels"]
+        assert monitor["selector"]["matchLabels"].items() <= labels.items()
