@@ -217,6 +217,18 @@ def test_a_lost_gpu_is_left_out_and_the_others_go_on(agent: Agent, node: StateFi
     assert len(agent.value("list_gpus")) == 2
 
 
+@pytest.mark.parametrize("function", ["nvmlDeviceGetUUID", "nvmlDeviceGetMigMode"])
+def test_a_driver_upgrade_under_way_is_no_failure_of_one_gpu(agent: Agent, node: StateFile, function: str) -> None:
+    control.inject_fault(node.gpus[1].faults, function, 18)
+    assert agent.fault("list_gpus") == GpuFault.DRIVER_MISMATCH
+
+
+def test_a_driver_that_fails_while_it_is_opened_is_closed_again(worker: Agent, node: StateFile) -> None:
+    control.inject_fault(node.state.faults, "nvmlSystemGetDriverVersion", 999, count=1)
+    assert worker.fault("open") == GpuFault.TRANSIENT
+    assert worker.fault("list_gpus") == GpuFault.NO_DRIVER
+
+
 def test_a_lock_is_the_range_that_was_asked_for_and_a_reset_undoes_it(agent: Agent, node: StateFile) -> None:
     if not MAY_WRITE:
         assert agent.fault("lock", uuid_of(node), 345, 1590) == GpuFault.NO_PERMISSION

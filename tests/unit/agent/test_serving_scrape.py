@@ -194,6 +194,17 @@ def test_slow_answers_end_at_the_deadline_however_busy_they_look(answer: Answer)
     assert elapsed_seconds < 1.0
 
 
+def test_a_page_cut_between_two_lines_is_told_from_a_whole_one() -> None:
+    end = PAGE.index(b"\n", len(PAGE) // 2) + 1
+    result, _ = failure(sends(head("200 OK", f"Content-Length: {len(PAGE)}"), PAGE[:end]))
+    assert f"cut off after {end} of {len(PAGE)} bytes" in result.message
+
+
+def test_a_compressed_page_is_refused_without_opening_it() -> None:
+    result, _ = failure(sends(head("200 OK", "Content-Encoding: deflate"), PAGE))
+    assert "compressed" in result.message
+
+
 def test_a_redirect_is_not_followed() -> None:
     with serving(sends(head(), PAGE)) as target:
         result, _ = failure(sends(head("302 Found", f"Location: {target.url}")))

@@ -26,8 +26,6 @@ _OPTIONS = (
     ("grpc.default_authority", "localhost"),
     ("grpc.enable_http_proxy", 0),
     ("grpc.enable_retries", 0),
-    # A channel of its own: otherwise a new channel inherits the back-off of the one that failed, up to two minutes.
-    ("grpc.use_local_subchannel_pool", 1),
 )
 
 _MOUNT = "mount the host's directory (not the socket, which a kubelet restart replaces)"
@@ -91,7 +89,7 @@ class PodResources:
             content = call(ListPodResourcesRequest(), timeout=self._timeout_seconds)
             return ListPodResourcesResponse.FromString(content)
         except grpc.RpcError as error:
-            # Opened anew next time, so that no back-off and no half-dead connection outlives a restart of the kubelet.
+            # A new channel next time: this one would wait longer after each failure, up to two minutes.
             self.close()
             raise self._error(error) from error
         except DecodeError as error:
