@@ -23,9 +23,20 @@ from wattlock_simulator.state import StateError, StateFile
 
 
 def _stop_on_signals() -> threading.Event:
+    """An event that SIGTERM or SIGINT sets; call it before any thread starts.
+
+    A thread waits for the signals. A handler would run inside the main thread's own wait on the event, and could
+    meet the event's lock there.
+    """
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        signal.sigwait(signals)
+        stop.set()
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
     return stop
 
 

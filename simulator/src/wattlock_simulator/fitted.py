@@ -1,4 +1,4 @@
-"""Constants of the physics, fitted to the recorded phases. Written by ``python -m wattlock_simulator.fit``."""
+"""Constants of the physics, fitted to the recordings. Written by ``python -m wattlock_simulator.fit``."""
 
 from __future__ import annotations
 

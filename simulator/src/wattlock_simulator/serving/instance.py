@@ -42,6 +42,7 @@ class Instance:
         self._scrapes_backwards = 0
         self._load_due_ns = monotonic_ns()
         self._lock = threading.Lock()
+        self._left = False
         self._seen = [state.read_sensors(g) for g in self._gpus]
         with self._lock:
             self._register()
@@ -93,8 +94,9 @@ class Instance:
             return page(self._engine, self._model_name, scale=scale)
 
     def leave(self) -> None:
-        """Takes model and context off the GPUs."""
+        """Takes model and context off the GPUs, for good: a late scrape must not put them back."""
         with self._lock:
+            self._left = True
             for gpu in self._gpus:
                 state.clear_workload(gpu)
 
@@ -119,6 +121,8 @@ class Instance:
         return slowest or (0.0, 0.0)
 
     def _register(self) -> None:
+        if self._left:
+            return
         lease_ns = self._monotonic_ns() + int(_LEASE_SECONDS * 1e9)
         for gpu in self._gpus:
             state.set_workload(
