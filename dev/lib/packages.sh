@@ -9,9 +9,10 @@ CLUSTER_PACKAGES=(containerd runc buildah containernetworking-plugins conntrack 
 
 # install_packages NAME...: installs what is missing, with one apt-get update; silent when all is there.
 install_packages() {
-    local missing=() name
+    local missing=() name installed
+    installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' "$@" 2>/dev/null || true)
     for name in "$@"; do
-        [[ $(dpkg-query -W -f '${db:Status-Status}' "$name" 2>/dev/null) == installed ]] || missing+=("$name")
+        grep -qx "installed $name" <<<"$installed" || missing+=("$name")
     done
     ((${#missing[@]})) || return 0
     command -v apt-get >/dev/null ||

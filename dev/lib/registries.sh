@@ -4,7 +4,9 @@
 
 # pip_setting NAME: the value pip uses for a setting, from its files or its environment; empty when not set.
 pip_setting() {
-    python3 -m pip config list 2>/dev/null | sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" | head -n 1
+    # Asked once: pip takes half a second to answer.
+    [[ -n ${pip_settings+set} ]] || pip_settings=$(python3 -m pip config list 2>/dev/null || true)
+    sed -n "s/^[^=]*\.$1='\(.*\)'\$/\1/p" <<<"$pip_settings" | head -n 1
 }
 
 # The file with the certificate authorities this machine trusts.
@@ -21,6 +23,9 @@ ca_bundle() {
 # uv reads none of pip's settings, so a mirror that only pip.conf names is passed on here.
 export_uv_settings() {
     local index bundle
+    [[ -z ${WATTLOCK_UV_SETTINGS_DONE:-} ]] || return 0
+    export WATTLOCK_UV_SETTINGS_DONE=1
+    pip_setting index-url >/dev/null # in this shell, so that the answer is kept
     index=$(pip_setting index-url)
     if [[ -n $index && -z ${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-} ]]; then
         export UV_DEFAULT_INDEX=$index

@@ -62,7 +62,7 @@ cluster_up() {
     if ((nodes > 0)); then
         # The pause image sorts first and is small: no pod starts without it.
         ln -s "$("$REPOSITORY/dev/images" --pause)" "$state/images/0-pause.tar"
-        while read -r archive; do ln -s "$archive" "$state/images/"; done < <("$REPOSITORY/dev/images" --list)
+        while read -r archive; do ln -s "$(realpath "$archive")" "$state/images/$(basename "$archive")"; done < <("$REPOSITORY/dev/images" --list)
     fi
 
     say "starting cluster $name with $nodes nodes ..."
@@ -104,6 +104,7 @@ wait_until_ready() {
         (($(cluster_run kubectl --request-timeout=5s get nodes --no-headers 2>/dev/null | grep -cw Ready) == nodes)) || continue
         what='the import of the images'
         (($(compgen -G "$state/node*/imported" | wc -l) == nodes)) || continue
+        [[ ! -s $state/failed ]] || continue
         return 0
     done
     for log in "$state"/logs/*.log; do
@@ -183,17 +184,24 @@ cluster_run() {
 }
 
 cluster_load() {
-    local archive i pids=()
+    local archive remembered i pid pids=()
     require_running
     for archive in "$@"; do
         [[ -f $archive ]] || die "there is no image archive $archive"
+        # What is in the cluster is remembered by link: dev/images gives changed images a new file.
+        remembered=$state/images/$(basename "$archive")
         archive=$(realpath "$archive")
+        if [[ $archive == "$CACHE"/* && $(realpath "$remembered" 2>/dev/null) == "$archive" ]]; then
+            say "$(basename "$remembered") is there already"
+            continue
+        fi
         for ((i = 0; i < $(cat "$state/nodes"); i++)); do
             cluster_node_exec "node$i" timeout 300 ctr --address "$state/node$i/containerd.sock" --namespace k8s.io images import "$archive" &
             pids+=($!)
         done
         for pid in "${pids[@]}"; do wait "$pid" || die "could not import $archive; dev/cluster logs containerd-node0 may tell why"; done
         pids=()
+        ln -sfn "$archive" "$remembered"
     done
 }
 
@@ -219,6 +227,11 @@ cluster_node_exec() {
 cluster_stop_kubelet() {
     require_running
     cluster_node_exec "$1" kill -KILL "$(cat "$state/$1/kubelet.pid")" 2>/dev/null || die "the kubelet of $1 does not run"
+    for _ in {1..50}; do
+        cluster_node_exec "$1" kill -0 "$(cat "$state/$1/kubelet.pid")" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    die "the kubelet of $1 is still there after SIGKILL; dev/cluster node-exec $1 -- ps -ef tells more"
 }
 
 cluster_start_kubelet() {

@@ -112,11 +112,11 @@ component() {
 }
 
 component containerd containerd -c "$node/containerd.toml"
-ctr() { command ctr --address "$node/containerd.sock" --namespace k8s.io "$@"; }
-until ctr version >/dev/null 2>&1; do sleep 0.1; done
+ctr=(ctr --address "$node/containerd.sock" --namespace k8s.io)
+until "${ctr[@]}" version >/dev/null 2>&1; do sleep 0.1; done
 (
     for archive in "$state"/images/*.tar; do
-        timeout 300 ctr images import "$archive" >>"$state/logs/import-node$index.log" 2>&1 ||
+        timeout 300 "${ctr[@]}" images import "$archive" >>"$state/logs/import-node$index.log" 2>&1 ||
             echo "import-node$index: could not import $archive" >>"$state/failed"
     done
     touch "$node/imported"
