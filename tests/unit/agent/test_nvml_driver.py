@@ -217,6 +217,16 @@ def test_a_lost_gpu_is_left_out_and_the_others_go_on(agent: Agent, node: StateFi
     assert len(agent.value("list_gpus")) == 2
 
 
+def test_a_gpu_that_stumbles_while_listed_can_still_be_reset(agent: Agent, node: StateFile) -> None:
+    node.gpus[0].request.lock_range_mhz = 345 << 32 | 1590
+    control.inject_fault(node.gpus[0].faults, "nvmlDeviceGetMigMode", 999, count=1)
+    assert [gpu["uuid"] for gpu in agent.value("list_gpus")] == [uuid_of(node, 1)]
+    answer = agent.ask("reset", uuid_of(node))
+    assert answer.get("fault") == (None if MAY_WRITE else GpuFault.NO_PERMISSION)
+    assert (node.gpus[0].request.lock_range_mhz == 0) is MAY_WRITE
+    assert len(agent.value("list_gpus")) == 2
+
+
 @pytest.mark.parametrize("function", ["nvmlDeviceGetUUID", "nvmlDeviceGetMigMode"])
 def test_a_driver_upgrade_under_way_is_no_failure_of_one_gpu(agent: Agent, node: StateFile, function: str) -> None:
     control.inject_fault(node.gpus[1].faults, function, 18)

@@ -132,11 +132,12 @@ class NvmlDriver:
         """Return the GPUs of the node as they are now; one that fails to answer is left out and logged once.
 
         Looks at the hardware anew: MIG mode may have changed, a lost GPU is gone. Must be called before ``read``.
+        A GPU that was listed before keeps its handle while the driver is open, so that it can still be reset.
 
         Raises:
             GpuError: the driver as a whole does not answer.
         """
-        gpus: dict[str, _Gpu] = {}
+        gpus = dict(self._gpus)
         identities = []
         complaints: dict[int, str] = {}
         for index in range(_call("nvmlDeviceGetCount", None)):
@@ -158,7 +159,7 @@ class NvmlDriver:
         """Read one GPU: about 4 ms for the energy counter, and up to 4 ms for each value that is not cached.
 
         Raises:
-            GpuError: with GPU_LOST also for a GPU that ``list_gpus`` did not return.
+            GpuError: with GPU_LOST also for a GPU that ``list_gpus`` has not returned since ``open``.
         """
         return self._read(self._find(uuid, "read"))
 
@@ -214,9 +215,7 @@ class NvmlDriver:
     def _find(self, uuid: str, call: str) -> _Gpu:
         gpu = self._gpus.get(uuid)
         if gpu is None:
-            raise GpuError(
-                GpuFault.GPU_LOST, call, uuid, f"{uuid} was not there when the driver's GPUs were last listed"
-            )
+            raise GpuError(GpuFault.GPU_LOST, call, uuid, f"{uuid} was not among the driver's GPUs since it was opened")
         return gpu
 
     def _meet(self, index: int) -> tuple[_Gpu, GpuIdentity]:
