@@ -174,6 +174,8 @@ def site(kubectl, crds, tmp_path_factory) -> Iterator[Site]:
     finally:
         doomed = [*cluster_wide, *intruder(release, namespace)[1:], *energies, *nodes]
         kubectl.run("delete", "--ignore-not-found", "--wait=false", "-f", "-", stdin=yaml.safe_dump_all(doomed))
+        # no kubelet of these nodes will ever confirm that the pods are gone
+        kubectl.within(namespace).run("delete", "pods", "--all", "--grace-period=0", "--force", "--wait=false")
         kubectl.run("delete", "namespace", namespace, "--ignore-not-found", "--wait=false")
 
 
@@ -313,9 +315,12 @@ def test_kubernetes_itself_may_collect_the_objects_but_give_no_orders(site):
 
 def test_the_expressions_pass_the_servers_type_check(site):
     for name in ("spec", "status"):
-        policy = site.kubectl.get("validatingadmissionpolicy", f"{site.release}-wattlock-nodeenergy-{name}")
-        warnings = policy.get("status", {}).get("typeChecking", {}).get("expressionWarnings", [])
-        assert warnings == []
+        where = ("validatingadmissionpolicy", f"{site.release}-wattlock-nodeenergy-{name}")
+        # the controller manager checks, and says so by observedGeneration
+        eventually(
+            "the types are checked", lambda where=where: "observedGeneration" in site.kubectl.get(*where)["status"]
+        )
+        assert site.kubectl.get(*where)["status"]["typeChecking"].get("expressionWarnings", []) == []
 
 
 @pytest.mark.parametrize("path", sorted((CHART / "examples").glob("*.yaml")), ids=lambda path: path.stem)
