@@ -31,7 +31,8 @@ check: setup ## Check formatting, lint, types, import rules and the lock file
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	dev/uv lock --check
+	@# Offline and without a mirror: nothing may be resolved anew, only compared.
+	env -u UV_DEFAULT_INDEX -u UV_INDEX_URL WATTLOCK_UV_SETTINGS_DONE=1 dev/uv lock --check --offline
 
 .PHONY: clean
 clean: ## Remove caches: built programs, images and tools (not .venv)
