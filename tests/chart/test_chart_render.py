@@ -4,6 +4,9 @@ from typing import Any
 
 import pytest
 import yaml
+from wattlock_api.constants import Mode
+from wattlock_api.energypolicy import Placement
+from wattlock_operator.placement import daemon_set
 
 pytestmark = [pytest.mark.chart]
 
@@ -362,6 +365,35 @@ def test_images_come_from_the_registry_that_was_named(helm):
         "simulator": "registry.example/team/wattlock-simulator:dev",
     }
     assert all(pod["imagePullSecrets"] == [{"name": "pull"}] for pod in running.values())
+
+
+@pytest.mark.parametrize("sets", [(), ("nameOverride=other",), ("fullnameOverride=other",)])
+def test_labels_by_which_the_operator_finds_its_agents_never_change(helm, sets):
+    # placement.py of the operator selects by them, and the PodMonitor does
+    labels = agent_template(helm.render(*sets), f"{agent_name(sets)}-template")["spec"]["template"]["metadata"][
+        "labels"
+    ]
+    assert labels["app.kubernetes.io/name"] == "wattlock"
+    assert labels["app.kubernetes.io/component"] == "agent"
+
+
+def agent_name(sets: tuple[str, ...]) -> str:
+    return {"nameOverride": "wattlock-other-agent", "fullnameOverride": "other-agent"}.get(
+        sets[0].split("=")[0] if sets else "", "wattlock-agent"
+    )
+
+
+def test_the_operator_makes_its_daemonset_of_the_template(helm):
+    made = daemon_set(agent_template(helm.render()), Placement(), Mode.ENFORCE, "wattlock-system")
+    pod = made["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert environment(container)["WATTLOCK_MODE"] == "Enforce"
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["SYS_ADMIN"]}
+    assert "nodeAffinity" in pod["affinity"]
+    assert made["spec"]["selector"]["matchLabels"].items() <= made["spec"]["template"]["metadata"]["labels"].items()
+    observing = daemon_set(agent_template(helm.render()), Placement(), Mode.OBSERVE, "wattlock-system")
+    (container,) = observing["spec"]["template"]["spec"]["containers"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
 def test_pod_monitors_look_where_the_pods_are(helm):

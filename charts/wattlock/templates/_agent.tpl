@@ -9,9 +9,10 @@ it can be read and checked by itself; what it has to leave to the operator is li
 {{- $driver = dict "path" .Values.simulator.directory "mountPath" .Values.simulator.directory "libraryPath" .Values.simulator.directory -}}
 {{- end -}}
 # The operator fills in, for each placement:
-#   metadata.name                  this name and a hash of the placement
-#   label wattlock.dev/placement   on the DaemonSet, in its selector and on its pods
+#   metadata.name                  wattlock-agent- and a hash of the placement
+#   label wattlock.dev/placement   on the DaemonSet, on its pods and in the selector, which it replaces
 #   nodeSelector, tolerations and runtimeClassName, from the placement
+#   podAntiAffinity                one agent on a node, also where placements overlap
 #   WATTLOCK_MODE                  Observe, or Enforce when a policy of the placement enforces
 #   capability SYS_ADMIN           only with Enforce: the driver asks for it before it sets a clock
 apiVersion: apps/v1
@@ -21,7 +22,7 @@ metadata:
   namespace: {{ include "wattlock.agentNamespace" . }}
   labels:
     {{- include "wattlock.podLabels" . | nindent 4 }}
-    app.kubernetes.io/managed-by: {{ include "wattlock.operatorName" . | quote }}
+    app.kubernetes.io/managed-by: "wattlock-operator"
     app.kubernetes.io/component: "agent"
 spec:
   selector:

@@ -42,8 +42,9 @@ app.kubernetes.io/part-of: "wattlock"
 {{ include "wattlock.selectorLabels" . }}
 {{- end -}}
 
+{{/* The operator selects its agents by this name, so it does not follow nameOverride. */}}
 {{- define "wattlock.selectorLabels" -}}
-app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" | quote }}
+app.kubernetes.io/name: "wattlock"
 app.kubernetes.io/instance: {{ .Release.Name | trunc 63 | trimSuffix "-" | quote }}
 {{- end -}}
 
