@@ -7,6 +7,15 @@ NODES ?= 2
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# --- the two commands of the README ---------------------------------------------------------------------------------
+.PHONY: demo
+demo: images ## See it work: a policy from Observe to Enforce to Verified, on simulated GPUs; then all is undone
+	@dev/demo/run
+
+.PHONY: test
+test: setup ## Run all tests; starts the clusters it needs and leaves nothing behind
+	@dev/test
+
 # --- set-up ---------------------------------------------------------------------------------------------------------
 .PHONY: setup
 setup: ## Install what is missing: Debian packages, uv, .venv, the cluster's programs (8 minutes the first time)
@@ -31,8 +40,25 @@ check: setup ## Check formatting, lint, types, import rules and the lock file
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	.venv/bin/python -m wattlock_api.generate --check crds
+	.venv/bin/python charts/generate.py --check
+	.venv/bin/python agent/generate_protos.py --check
 	@# Offline and without a mirror: nothing may be resolved anew, only compared.
 	env -u UV_DEFAULT_INDEX -u UV_INDEX_URL WATTLOCK_UV_SETTINGS_DONE=1 dev/uv lock --check --offline
+
+.PHONY: unit
+unit: setup ## Run the unit tests alone (under a minute)
+	.venv/bin/python -m pytest tests/unit
+
+.PHONY: bench
+bench: setup ## Print reaction times, the agent's cost and API requests, measured on a local cluster
+	@dev/bench
+
+.PHONY: generate
+generate: setup ## Write what is generated: CRDs, the chart's copies and tables, protobuf code
+	.venv/bin/python -m wattlock_api.generate crds
+	.venv/bin/python charts/generate.py
+	.venv/bin/python agent/generate_protos.py
 
 .PHONY: clean
 clean: ## Remove caches: built programs, images and tools (not .venv)

@@ -47,7 +47,11 @@ def run(*command: str, check: bool = True, timeout_seconds: float = 120) -> str:
 
 def fail(message: str) -> None:
     print(f"{styled('demo failed:', '1;31')} {message}", file=sys.stderr, flush=True)
-    print("Look around: dev/cluster kubectl get pods -A; then: make demo-down", file=sys.stderr, flush=True)
+    print(
+        "Look around: dev/cluster kubectl get pods -A; then: make cluster-down (KEEP=1 make demo keeps the cluster)",
+        file=sys.stderr,
+        flush=True,
+    )
     raise SystemExit(1)
 
 
