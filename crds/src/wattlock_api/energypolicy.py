@@ -259,11 +259,11 @@ class Savings(ApiModel):
     """Serving instances behind the estimate: the unit of the confidence interval."""
     dropped_epochs: int = 0
     """Epochs that could not be used: restarts, power or thermal limits, no tokens, missing samples."""
-    saved_kwh: PositiveDecimalString | None = None
-    """Energy saved so far while Verified, in kWh of GPU-board energy."""
-    saved_cost: PositiveDecimalString | None = None
+    saved_kwh: DecimalString | None = None
+    """Energy saved so far while Verified, in kWh of GPU-board energy. Negative: the cap cost energy."""
+    saved_cost: DecimalString | None = None
     """savedKWh times the policy's price (and PUE where given)."""
-    saved_kg_co2: PositiveDecimalString | None = None
+    saved_kg_co2: DecimalString | None = None
     """savedKWh times the policy's carbon intensity (and PUE where given), in kg."""
 
 

@@ -1,0 +1,77 @@
+"""The cap of a pod: a fixed number, or the row of a ClockProfile."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from wattlock_api.clockprofile import ClockProfileSpec, ProfileRow
+from wattlock_api.constants import Architecture, Reason
+from wattlock_api.energypolicy import Pool
+from wattlock_api.nodeenergy import Hold, NodeEnergyStatus
+
+
+@dataclass(frozen=True)
+class Cap:
+    """An upper bound of the SM clock."""
+
+    mhz: int
+
+
+def hold(reason: Reason, message: str) -> Hold:
+    """Return why nothing is capped."""
+    return Hold(reason=reason.value, message=message[:1024])
+
+
+def products_of(report: NodeEnergyStatus | None, pod_uid: str) -> frozenset[str]:
+    """Return the GPU products of a pod: of the GPUs that it holds, else the node's only product.
+
+    Empty when the node's agent has not told yet. Several: the node's GPUs differ and the pod's are not known.
+    """
+    if report is None:
+        return frozenset()
+    held = {gpu.product for gpu in report.gpus if gpu.holder is not None and gpu.holder.uid == pod_uid and gpu.product}
+    if held:
+        return frozenset(held)
+    products = {gpu.product for gpu in report.gpus if gpu.product}
+    return frozenset(products | {entry.product for entry in report.agent.products})
+
+
+def find_row(profile: ClockProfileSpec, product: str, architecture: Architecture | None) -> ProfileRow | None:
+    """Return the row for a product: the one that names the architecture wins over the one that names none."""
+    rows = [row for row in profile.rows if row.product == product]
+    exact = [row for row in rows if row.architecture is not None and row.architecture == architecture]
+    general = [row for row in rows if row.architecture is None]
+    return next(iter(exact + general), None)
+
+
+def cap_for(pool: Pool, products: frozenset[str], profiles: Mapping[str, ClockProfileSpec]) -> Cap | Hold:
+    """Return the cap that a Decode pool asks of a pod with GPUs of these products, or why there is none."""
+    if pool.clock is None:
+        return hold(Reason.NO_PROFILE_ROW, f"pool {pool.name} has no clock: write clock.maxSMClockMHz or clock.profile")
+    if pool.clock.max_sm_clock_mhz is not None:
+        return Cap(pool.clock.max_sm_clock_mhz)
+    name = pool.clock.profile or ""
+    profile = profiles.get(name)
+    if profile is None:
+        known = ", ".join(sorted(profiles)[:5]) or "none"
+        return hold(
+            Reason.PROFILE_NOT_FOUND,
+            f"there is no readable ClockProfile {name!r} (there are: {known}): create it, or name another in "
+            f"pool {pool.name}'s clock.profile",
+        )
+    if len(products) != 1:
+        said = "are of several products: " + ", ".join(sorted(products)) if products else "are not known yet"
+        return hold(
+            Reason.PRODUCT_UNKNOWN,
+            f"the GPUs {said}; a profile's cap depends on the product. Wait for the node's agent, or write "
+            f"clock.maxSMClockMHz in pool {pool.name}",
+        )
+    (product,) = products
+    row = find_row(profile, product, pool.architecture)
+    if row is None:
+        kind = f"{product} with architecture {pool.architecture}" if pool.architecture else product
+        return hold(
+            Reason.NO_PROFILE_ROW,
+            f"ClockProfile {name} has no row for {kind}, and a cap is never guessed: measure one and write it as "
+            f"clock.maxSMClockMHz in pool {pool.name}, or as a row of a ClockProfile of your own",
+        )
+    return Cap(row.max_sm_clock_mhz)

@@ -1,0 +1,245 @@
+"""Conditions of a policy: one word for programs, one sentence for people that says what to do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wattlock_api.base import Condition, timestamp
+from wattlock_api.constants import ConditionType, Mode, PowerCapVerdict, Reason, Role, SavingsVerdict
+from wattlock_api.energypolicy import PoolStatus
+
+from wattlock_operator.release import Release, release_sentence
+from wattlock_operator.reports import PoolReport
+from wattlock_operator.selection import Member
+from wattlock_operator.world import PolicyView
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the conditions of a policy follow from."""
+
+    policy: PolicyView
+    pools: Sequence[PoolStatus] = ()
+    reports: Sequence[PoolReport] = ()
+    """In the order of ``pools``."""
+    disputes: Sequence[Member] = ()
+    lagging_nodes: Sequence[str] = ()
+    """Nodes whose agents have not acted on the newest orders of this policy."""
+    release: Release | None = None
+    """Present while the policy is being deleted."""
+    template_problem: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A condition without its time."""
+
+    type: ConditionType
+    status: bool | None
+    """None is Unknown."""
+    reason: str
+    message: str
+
+
+#: Reasons that keep a pool from being ready, the gravest first. Others are part of normal work.
+_NOT_READY = (
+    Reason.NO_AGENT,
+    Reason.AGENT_SILENT,
+    Reason.NO_MATCHING_PODS,
+    Reason.PROFILE_NOT_FOUND,
+    Reason.NO_PROFILE_ROW,
+    Reason.PRODUCT_UNKNOWN,
+    Reason.NO_PERMISSION,
+    Reason.NVML_NOT_FOUND,
+    Reason.NVML_ERROR,
+    Reason.JOURNAL_UNWRITABLE,
+    Reason.KUBELET_UNREACHABLE,
+    Reason.GPU_LOST,
+    Reason.STALE_ORDERS,
+    Reason.OTHER_WRITER,
+    Reason.NO_PREFILL_PEER,
+    Reason.NO_GPUS,
+)
+
+
+def _reason_in(pools: Sequence[PoolStatus], wanted: Sequence[Reason]) -> tuple[str, str] | None:
+    for reason in wanted:
+        for pool in pools:
+            for entry in pool.reasons:
+                if entry.reason == reason.value:
+                    return entry.reason, f"pool {pool.name}: {entry.message}"
+    return None
+
+
+def _ready(facts: Facts) -> Finding:
+    kind = ConditionType.READY
+    policy = facts.policy
+    if facts.release is not None:
+        reason = "Released" if facts.release.complete else "Releasing"
+        return Finding(kind, False, reason, release_sentence(policy, facts.release))
+    if policy.spec is None:
+        return Finding(kind, False, "InvalidSpec", f"this operator does not understand the policy ({policy.problem})")
+    if facts.template_problem:
+        return Finding(kind, False, "AgentTemplateInvalid", facts.template_problem)
+    if facts.disputes:
+        return Finding(kind, False, Reason.POLICY_CONFLICT.value, _dispute_sentence(facts))
+    found = _reason_in(facts.pools, _NOT_READY)
+    if found is not None:
+        return Finding(kind, False, *found)
+    if facts.lagging_nodes:
+        return Finding(kind, False, "WaitingForAgents", _lagging_sentence(facts))
+    if policy.spec.mode is Mode.OBSERVE:
+        return Finding(kind, True, "Observing", "all selected pods are measured; mode Observe caps nothing")
+    return Finding(kind, True, "InForce", "the agents have acted on every order")
+
+
+def _lagging_sentence(facts: Facts) -> str:
+    shown = ", ".join(facts.lagging_nodes[:5]) + (" and more" if len(facts.lagging_nodes) > 5 else "")
+    return f"waiting for the agent(s) of {shown} to act on new orders"
+
+
+def _dispute_sentence(facts: Facts) -> str:
+    first = facts.disputes[0]
+    return (
+        f"{len(facts.disputes)} pod(s) are claimed more than once and are not capped, e.g. {first.pod.name} by "
+        f"{' and by '.join(first.rivals)}: change the selectors so that every pod belongs to one pool"
+    )
+
+
+def _enforced(facts: Facts) -> Finding:
+    kind, spec = ConditionType.ENFORCED, facts.policy.spec
+    if facts.release is not None or spec is None:
+        return Finding(kind, False, "Releasing" if facts.release else "InvalidSpec", "no GPU is to be capped")
+    if spec.mode is Mode.OBSERVE:
+        return Finding(
+            kind, False, Reason.OBSERVE_MODE.value, "mode is Observe: write mode: Enforce to cap the Decode pools"
+        )
+    decode = [pool for pool in facts.pools if pool.role is Role.DECODE]
+    capped = sum(
+        entry.gpus
+        for pool in decode
+        for entry in pool.reasons
+        if entry.reason in (Reason.LOCKED.value, Reason.CONTROL_EPOCH.value)
+    )
+    gpus = sum(pool.gpus for pool in decode)
+    if gpus and capped == gpus:
+        return Finding(kind, True, "Capped", "every GPU of the Decode pools is capped (or in a control epoch)")
+    others = [
+        (entry.gpus, entry.reason, f"pool {pool.name}: {entry.message}")
+        for pool in decode
+        for entry in pool.reasons
+        if entry.reason not in (Reason.LOCKED.value, Reason.CONTROL_EPOCH.value)
+    ]
+    if not others:
+        return Finding(kind, False, Reason.NO_GPUS.value, "no GPU of a Decode pool is reported yet")
+    _, reason, message = max(others, key=lambda entry: entry[0])
+    return Finding(kind, False, reason, f"{capped} of {gpus} GPUs are capped. {message}")
+
+
+def _progressing(facts: Facts) -> Finding:
+    kind = ConditionType.PROGRESSING
+    if facts.release is not None and not facts.release.complete:
+        return Finding(kind, True, "Releasing", release_sentence(facts.policy, facts.release))
+    if facts.lagging_nodes:
+        return Finding(kind, True, "WaitingForAgents", _lagging_sentence(facts))
+    return Finding(kind, False, "UpToDate", "nothing is under way")
+
+
+def _guardrail(facts: Facts) -> Finding:
+    tripped = [
+        item.instance
+        for report in facts.reports
+        for item in report.instances
+        if item.instance.guardrail_tripped and not item.silent
+    ]
+    kind = ConditionType.GUARDRAIL_TRIPPED
+    if tripped:
+        return Finding(
+            kind,
+            True,
+            "Breached",
+            f"{len(tripped)} instance(s) are released, e.g. {tripped[0].instance}: {tripped[0].guardrail_message} "
+            "Raise the cap or widen the guardrail if this comes again",
+        )
+    return Finding(kind, False, "WithinLimits", "no instance breaks the guardrail")
+
+
+def _clamped(facts: Facts) -> Finding:
+    kind = ConditionType.CLOCK_CLAMPED
+    clamped = [pool for pool in facts.pools if pool.clamped_gpus]
+    if clamped:
+        first = clamped[0]
+        clocks = f" ({first.observed_mhz} MHz for {first.requested_mhz} MHz asked)" if first.observed_mhz else ""
+        return Finding(
+            kind,
+            True,
+            "BelowRequest",
+            f"{first.clamped_gpus} GPU(s) of pool {first.name} run below the cap under load{clocks} while no limiter "
+            "acts: the firmware holds the clock down. Ask for a lower cap to know what you get",
+        )
+    if any(pool.observed_mhz is not None for pool in facts.pools):
+        return Finding(kind, False, "AsRequested", "capped GPUs run at the clock that was asked for")
+    return Finding(kind, None, "NotObserved", "no capped GPU was busy yet")
+
+
+def _power_cap(facts: Facts) -> Finding:
+    kind = ConditionType.POWER_CAP_BINDING
+    binding = [pool for pool in facts.pools if pool.power_cap.verdict is PowerCapVerdict.BINDING]
+    if binding:
+        names = ", ".join(f"{pool.name} ({pool.power_cap.time_at_cap_percent}% of busy time)" for pool in binding)
+        return Finding(kind, True, "Binding", f"the GPUs' power limit holds clocks down in pool {names}"[:1024])
+    if any(pool.power_cap.verdict is PowerCapVerdict.INERT for pool in facts.pools):
+        return Finding(kind, False, "Inert", "the power limit did not act")
+    return Finding(kind, None, "Unknown", "the GPUs were not busy long enough to say")
+
+
+def _conflict(facts: Facts) -> Finding:
+    if facts.disputes:
+        return Finding(ConditionType.CONFLICT, True, Reason.POLICY_CONFLICT.value, _dispute_sentence(facts))
+    return Finding(ConditionType.CONFLICT, False, "NoConflict", "every selected pod belongs to one pool")
+
+
+def _verified(facts: Facts) -> Finding:
+    kind = ConditionType.VERIFIED
+    found = [(pool.name, pool.savings) for pool in facts.pools if pool.savings is not None]
+    if not found:
+        return Finding(kind, None, "NoDecodePool", "the policy has no Decode pool, so nothing is compared")
+    for wanted, status in ((SavingsVerdict.UNKNOWN, None), (SavingsVerdict.INCONCLUSIVE, False)):
+        for name, savings in found:
+            if savings.verdict is wanted:
+                return Finding(kind, status, savings.reason, f"pool {name}: {savings.message}"[:1024])
+    return Finding(
+        kind, True, found[0][1].reason, "; ".join(f"pool {name}: {savings.message}" for name, savings in found)[:1024]
+    )
+
+
+def find_conditions(facts: Facts) -> tuple[Finding, ...]:
+    """Return all conditions of a policy."""
+    judges = (_ready, _enforced, _progressing, _guardrail, _clamped, _power_cap, _conflict, _verified)
+    return tuple(judge(facts) for judge in judges)
+
+
+def dated(
+    findings: Sequence[Finding], before: Sequence[Condition], generation: int, now_seconds: float
+) -> list[Condition]:
+    """Return the conditions; a time moves only with its status."""
+    known = {condition.type: condition for condition in before}
+    result = []
+    for finding in findings:
+        status = "Unknown" if finding.status is None else str(finding.status)
+        previous = known.get(finding.type.value)
+        same = previous is not None and previous.status == status
+        result.append(
+            Condition.model_validate(
+                {
+                    "type": finding.type.value,
+                    "status": status,
+                    "reason": finding.reason,
+                    "message": finding.message[:1024],
+                    "lastTransitionTime": previous.last_transition_time
+                    if same and previous is not None
+                    else timestamp(now_seconds),
+                    "observedGeneration": generation,
+                }
+            )
+        )
+    return result

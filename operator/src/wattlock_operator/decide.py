@@ -1,0 +1,154 @@
+"""The whole decision: what the world should look like, as a pure function of what it looks like."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from wattlock_api.energypolicy import EnergyPolicyStatus
+from wattlock_api.nodeenergy import Order
+
+from wattlock_operator.accounting import Account
+from wattlock_operator.events import Telling, Told, tell
+from wattlock_operator.orders import Orders, give_orders
+from wattlock_operator.placement import DaemonSets, TemplateError, plan_daemon_sets
+from wattlock_operator.release import Release, locked_uuids, release_of
+from wattlock_operator.reports import PoolKey, collect
+from wattlock_operator.status import report_policy, urgent_change
+from wattlock_operator.world import PolicyView, World
+
+#: Numbers alone are written this often.
+NUMBERS_SECONDS = 15.0
+#: The least time between two writes of a status.
+STATES_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Written:
+    """A status as it was last written."""
+
+    status: EnergyPolicyStatus
+    at_seconds: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a decision must know of earlier ones. Losing it (a restart) loses nothing that matters."""
+
+    accounts: Mapping[PoolKey, Account] = field(default_factory=dict)
+    written: Mapping[str, Written] = field(default_factory=dict)
+    """By policy UID."""
+    ordered_nodes: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Nodes that had orders of a policy, by its UID."""
+    told: Told = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done."""
+
+    write_orders: Mapping[str, tuple[Order, ...]]
+    """NodeEnergies to write, by node."""
+    delete_node_energies: tuple[str, ...]
+    daemon_sets: DaemonSets
+    statuses: Mapping[str, EnergyPolicyStatus]
+    """Status of every policy, by UID: for metrics."""
+    write_statuses: tuple[tuple[PolicyView, EnergyPolicyStatus], ...]
+    tellings: tuple[Telling, ...]
+    released: frozenset[str]
+    """UIDs of deleted policies that may go."""
+    memory: Memory
+
+
+def _orders_to_write(world: World, orders: Orders) -> tuple[dict[str, tuple[Order, ...]], tuple[str, ...]]:
+    agents = {pod.node for pod in world.agent_pods()}
+    write: dict[str, tuple[Order, ...]] = {}
+    delete = []
+    for node in sorted({*agents, *orders.by_node, *world.node_energies}):
+        wanted = orders.by_node.get(node, ())
+        present = world.node_energies.get(node)
+        if node not in world.nodes:
+            if present is not None:
+                delete.append(node)
+        elif not wanted and node not in agents:
+            if present is not None and (present.orders or not present.readable):
+                write[node] = ()
+            elif present is not None and not locked_uuids(present.status):
+                delete.append(node)
+        elif present is None or present.orders != wanted or not present.readable:
+            write[node] = wanted
+    return write, tuple(delete)
+
+
+def _ordered_nodes(world: World, orders: Orders, memory: Memory) -> dict[str, frozenset[str]]:
+    living = {policy.uid: policy for policy in world.policies}
+    found = {uid: set(nodes) for uid, nodes in memory.ordered_nodes.items() if uid in living}
+    for uid, policy in living.items():
+        if not policy.deleting:
+            found.setdefault(uid, set())
+    given = ((node, order) for node, wanted in orders.by_node.items() for order in wanted)
+    there = ((name, order) for name, entry in world.node_energies.items() for order in entry.orders)
+    for node, order in (*given, *there):
+        if order.policy.uid in found:
+            found[order.policy.uid].add(node)
+    return {uid: frozenset(nodes) for uid, nodes in found.items()}
+
+
+def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now_seconds: float) -> Decision:
+    """Return what to do now. Total: bad input leads to a condition with a reason, never to an exception."""
+    orders = give_orders(world)
+    write, delete = _orders_to_write(world, orders)
+    ordered_nodes = _ordered_nodes(world, orders, memory)
+    releases: dict[str, Release] = {
+        policy.uid: release_of(policy, world, ordered_nodes, now_seconds)
+        for policy in world.policies
+        if policy.deleting
+    }
+    daemon_sets, template_problem = DaemonSets(), ""
+    if template is not None:
+        try:
+            pending = [uid for uid, release in releases.items() if not release.complete]
+            daemon_sets = plan_daemon_sets(world, template, pending)
+        except TemplateError as error:
+            template_problem = f"the agents cannot be rolled out: {error}. Upgrade or repair the Helm release"
+    reports = collect(world, now_seconds)
+    statuses: dict[str, EnergyPolicyStatus] = {}
+    accounts: dict[PoolKey, Account] = {}
+    write_statuses: list[tuple[PolicyView, EnergyPolicyStatus]] = []
+    written: dict[str, Written] = {}
+    tellings: list[Telling] = []
+    told = memory.told
+    for policy in world.policies:
+        last = memory.written.get(policy.uid)
+        before = last.status if last else policy.status
+        report = report_policy(
+            policy,
+            world,
+            orders,
+            reports,
+            memory.accounts,
+            before,
+            releases.get(policy.uid),
+            template_problem,
+            now_seconds,
+        )
+        accounts.update(report.accounts)
+        statuses[policy.uid] = report.status
+        since = now_seconds - last.at_seconds if last else float("inf")
+        pause = STATES_SECONDS if urgent_change(before, report.status) else NUMBERS_SECONDS
+        if since >= pause and policy.status != report.status:
+            write_statuses.append((policy, report.status))
+            more, told = tell(policy, before.conditions if before else (), report.status.conditions, told, now_seconds)
+            tellings.extend(more)
+            written[policy.uid] = Written(report.status, now_seconds)
+        elif last is not None:
+            written[policy.uid] = last
+    return Decision(
+        write_orders=write,
+        delete_node_energies=delete,
+        daemon_sets=daemon_sets,
+        statuses=statuses,
+        write_statuses=tuple(write_statuses),
+        tellings=tuple(tellings),
+        released=frozenset(uid for uid, release in releases.items() if release.complete),
+        memory=Memory(accounts, written, ordered_nodes, told),
+    )

@@ -1,0 +1,65 @@
+"""Kopf handlers: watch events go into the store; a deleted policy waits until its GPUs are released."""
+
+from collections.abc import Callable
+from typing import Any
+
+import kopf
+from wattlock_api.constants import FINALIZER, GROUP, VERSION
+
+from wattlock_operator.store import NODE, NODE_ENERGY, POD, POLICY, PROFILE, Kind, Store
+
+_WATCHED: tuple[tuple[tuple[str, ...], Kind], ...] = (
+    ((GROUP, VERSION, "energypolicies"), POLICY),
+    ((GROUP, VERSION, "nodeenergies"), NODE_ENERGY),
+    ((GROUP, VERSION, "clockprofiles"), PROFILE),
+    (("", "v1", "pods"), POD),
+    (("", "v1", "nodes"), NODE),
+)
+
+
+def configure(settings: kopf.OperatorSettings) -> None:
+    """Set what Kopf does by itself: bounded watches, no log lines as Events, our own names on policies."""
+    settings.posting.enabled = False
+    settings.peering.standalone = True
+    # Watches that fall silent are the classic trouble (nolar/kopf 955, 1094): end them from both sides.
+    settings.watching.server_timeout = 240
+    settings.watching.client_timeout = 250
+    settings.watching.connect_timeout = 30
+    settings.watching.reconnect_backoff = 1.0
+    settings.networking.request_timeout = 30
+    settings.watching.chunk_size = 500
+    settings.execution.max_workers = 2
+    settings.queueing.worker_limit = 64
+    settings.process.ultimate_exiting_timeout = 20
+    settings.persistence.finalizer = FINALIZER
+    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
+    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=GROUP, key="last-handled")
+
+
+def _watch(registry: kopf.OperatorRegistry, resource: tuple[str, ...], kind: Kind, store: Store) -> None:
+    async def see(event: kopf.RawEvent, **_: Any) -> None:
+        if event["type"] == "DELETED":
+            store.drop(kind, event["object"])
+        else:
+            store.put(kind, event["object"])
+
+    kopf.on.event(*resource, id=f"see-{kind.name}", registry=registry)(see)
+
+
+def register(store: Store, is_released: Callable[[str], bool]) -> kopf.OperatorRegistry:
+    """Return a registry with all handlers."""
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=registry)
+    async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
+    for resource, kind in _WATCHED:
+        _watch(registry, resource, kind, store)
+
+    @kopf.on.delete(GROUP, VERSION, "energypolicies", id="release-gpus", registry=registry)
+    async def wait_for_release(uid: str, retry: int, **_: Any) -> None:
+        if not is_released(uid):
+            raise kopf.TemporaryError("GPUs are not released yet", delay=1 if retry < 30 else 5)
+
+    return registry

@@ -1,0 +1,185 @@
+"""The Kubernetes API over plain requests: a few verbs, JSON in and out, a timeout on every call.
+
+Blocking: the operator calls it from worker threads.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import kubernetes
+import urllib3
+from wattlock_api.constants import API_VERSION, GROUP, OPERATOR_FIELD_MANAGER, VERSION
+
+Json = dict[str, Any]
+
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 30.0
+#: Objects of a page of a list.
+PAGE = 500
+#: Pages of a list that are read before it is given up as endless.
+MAX_PAGES = 2000
+
+_GROUP_PATH = f"/apis/{GROUP}/{VERSION}"
+POLICIES = f"{_GROUP_PATH}/energypolicies"
+NODE_ENERGIES = f"{_GROUP_PATH}/nodeenergies"
+PROFILES = f"{_GROUP_PATH}/clockprofiles"
+PODS = "/api/v1/pods"
+NODES = "/api/v1/nodes"
+
+
+class KubeError(Exception):
+    """A call to the API server failed. The message names the call and what the server said."""
+
+    def __init__(self, message: str, status: int | None, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        """HTTP status; None when there was no answer."""
+        self.retry_after_seconds = retry_after_seconds
+
+
+@dataclass(frozen=True)
+class Kube:
+    """A connection to the API server."""
+
+    client: Any
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Any = None,
+        content_type: str = "application/json",
+    ) -> Json:
+        """Send a request and return the object of the answer.
+
+        Raises:
+            KubeError: no answer, or one that is no success.
+        """
+        full = path + ("?" + urlencode(query) if query else "")
+        headers = {"Accept": "application/json", "Content-Type": content_type}
+        if body is not None and content_type.endswith("yaml"):
+            body = json.dumps(body)  # JSON is YAML; the client encodes only what it calls JSON
+        try:
+            arguments = self.client.param_serialize(
+                method, full, header_params=headers, body=body, auth_settings=["BearerToken"]
+            )
+            answer = self.client.call_api(*arguments, _request_timeout=(CONNECT_SECONDS, READ_SECONDS))
+            content = answer.read() or b"{}"
+        except (urllib3.exceptions.HTTPError, OSError, kubernetes.client.ApiException) as error:
+            raise KubeError(f"{method} {path}: no answer from the API server ({error})"[:500], None) from error
+        try:
+            parsed = json.loads(content)
+        except ValueError as error:
+            raise KubeError(f"{method} {path}: HTTP {answer.status}, not JSON", answer.status) from error
+        if not 200 <= answer.status < 300:
+            message = parsed.get("message", "") if isinstance(parsed, dict) else ""
+            raise KubeError(f"{method} {path}: HTTP {answer.status}: {message}"[:1000], answer.status)
+        return parsed if isinstance(parsed, dict) else {}
+
+    def get(self, path: str) -> Json | None:
+        """Return an object, or None when there is none.
+
+        Raises:
+            KubeError: any other failure.
+        """
+        try:
+            return self.request("GET", path)
+        except KubeError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def list_all(self, path: str, label_selector: str = "") -> Iterator[Json]:
+        """Yield the objects of a collection, page by page.
+
+        Raises:
+            KubeError: a page failed; what was yielded before is not the whole.
+        """
+        query = {"limit": str(PAGE)} | ({"labelSelector": label_selector} if label_selector else {})
+        for _ in range(MAX_PAGES):
+            page = self.request("GET", path, query)
+            yield from page.get("items") or []
+            proceed = (page.get("metadata") or {}).get("continue")
+            if not proceed:
+                return
+            query["continue"] = proceed
+        raise KubeError(f"GET {path}: the list has no end after {MAX_PAGES} pages", None)
+
+    def apply(self, path: str, manifest: Mapping[str, Any]) -> Json:
+        """Create or change an object by server-side apply, as the owner of the fields.
+
+        Raises:
+            KubeError: it failed.
+        """
+        query = {"fieldManager": OPERATOR_FIELD_MANAGER, "force": "true"}
+        return self.request("PATCH", path, query, dict(manifest), "application/apply-patch+yaml")
+
+    def merge(self, path: str, patch: Mapping[str, Any]) -> Json:
+        """Change fields of an object by a JSON merge patch.
+
+        Raises:
+            KubeError: it failed.
+        """
+        query = {"fieldManager": OPERATOR_FIELD_MANAGER}
+        return self.request("PATCH", path, query, dict(patch), "application/merge-patch+json")
+
+    def delete(self, path: str, uid: str | None = None) -> None:
+        """Delete an object; one that is gone already is fine. With a UID: that very object only.
+
+        Raises:
+            KubeError: it failed.
+        """
+        body: Json = {"propagationPolicy": "Background"}
+        if uid:
+            body["preconditions"] = {"uid": uid}
+        try:
+            self.request("DELETE", path, body=body)
+        except KubeError as error:
+            if error.status != 404:
+                raise
+
+
+def connect() -> Kube:
+    """Connect with the pod's service account, or with KUBECONFIG outside of a cluster.
+
+    Raises:
+        kubernetes.config.ConfigException: there is neither.
+    """
+    loader: Any = kubernetes.config
+    configuration = kubernetes.client.Configuration()
+    try:
+        loader.load_incluster_config(client_configuration=configuration)
+    except loader.ConfigException:
+        loader.load_kube_config(client_configuration=configuration)
+    configuration.retries = urllib3.Retry(total=1, connect=1, read=0, redirect=0, status=0)
+    return Kube(kubernetes.client.ApiClient(configuration))
+
+
+def node_energy_path(node: str) -> str:
+    """Return the path of a NodeEnergy."""
+    return f"{NODE_ENERGIES}/{quote(node)}"
+
+
+def policy_path(namespace: str, name: str) -> str:
+    """Return the path of an EnergyPolicy."""
+    return f"{_GROUP_PATH}/namespaces/{quote(namespace)}/energypolicies/{quote(name)}"
+
+
+def daemon_sets_path(namespace: str, name: str = "") -> str:
+    """Return the path of a DaemonSet, or of all of a namespace."""
+    return f"/apis/apps/v1/namespaces/{quote(namespace)}/daemonsets" + (f"/{quote(name)}" if name else "")
+
+
+def lease_path(namespace: str, name: str = "") -> str:
+    """Return the path of a Lease, or of all of a namespace."""
+    return f"/apis/coordination.k8s.io/v1/namespaces/{quote(namespace)}/leases" + (f"/{quote(name)}" if name else "")
+
+
+def manifest(kind: str, name: str, namespace: str = "") -> Json:
+    """Return the beginning of an object of our API group."""
+    metadata = {"name": name} | ({"namespace": namespace} if namespace else {})
+    return {"apiVersion": API_VERSION, "kind": kind, "metadata": metadata}

@@ -1,0 +1,160 @@
+"""Orders for the nodes' agents: what is wanted of the GPUs of every selected pod."""
+
+import ipaddress
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from wattlock_api.base import ObjectRef
+from wattlock_api.constants import FINALIZER, Mode, Reason, Role
+from wattlock_api.nodeenergy import Hold, Order, OrderExperiment, PolicyRef
+
+from wattlock_operator.clocks import Cap, cap_for, hold, products_of
+from wattlock_operator.selection import Member, Selection, group_of, peer_groups, select, serves_metrics
+from wattlock_operator.world import PodView, World
+
+#: Bound of the list in the CustomResourceDefinition.
+MAX_ORDERS_PER_NODE = 256
+
+
+@dataclass(frozen=True)
+class Orders:
+    """All orders, and how they came about."""
+
+    by_node: Mapping[str, tuple[Order, ...]]
+    """Sorted by pod UID."""
+    selection: Selection
+    without_gpu: Mapping[str, tuple[Member, ...]]
+    """By policy UID: members that ask for no GPU; there is nothing to order for them."""
+    surplus: Mapping[str, tuple[Member, ...]]
+    """By policy UID: members beyond what fits into a node's list."""
+
+
+def metrics_url(member: Member) -> str | None:
+    """Return where the pod serves metrics: its own address, port and path by the rules of MetricsEndpoint."""
+    pod, endpoint, hint = member.pod, member.pool.metrics, member.pod.hint
+    if not serves_metrics(pod):
+        return None
+    try:
+        address = ipaddress.ip_address(pod.ip)
+    except ValueError:
+        return None
+    host = f"[{address}]" if address.version == 6 else str(address)
+    port = endpoint.port or hint.annotated_port or hint.named_port or hint.gpu_container_port or 8000
+    return f"http://{host}:{port}{endpoint.path or hint.annotated_path or '/metrics'}"
+
+
+def _verdict(member: Member, world: World, peers: frozenset[tuple[str, ...]]) -> Cap | Hold:
+    """Return the cap of one Decode pod, or why it has none."""
+    if member.rivals:
+        return hold(
+            Reason.POLICY_CONFLICT,
+            f"pod {member.pod.name} is claimed by {' and by '.join(member.rivals)}: change the selectors so that "
+            "one pool selects it",
+        )
+    if not member.policy.finalizer:
+        return hold(
+            Reason.WAITING_TO_WRITE,
+            f"policy {member.policy.title} does not carry the finalizer {FINALIZER} yet, without which a lock could "
+            "outlive the policy",
+        )
+    if member.spec.require_prefill_peer:
+        group = group_of(member.pod, member.spec.group_by)
+        keys = ", ".join(member.spec.group_by)
+        if group is None:
+            return hold(
+                Reason.NO_PREFILL_PEER,
+                f"pod {member.pod.name} lacks a label of groupBy ({keys}), so its prefill peer cannot be found: add "
+                "the label, or change groupBy",
+            )
+        if group not in peers:
+            where = f" with the same {keys} ({', '.join(group)})" if group else ""
+            return hold(
+                Reason.NO_PREFILL_PEER,
+                f"no ready prefill pod{where}: the decode pods may be computing prompts themselves. They are capped "
+                "as soon as one is ready; requirePrefillPeer: false turns this rule off",
+            )
+    node_energy = world.node_energies.get(member.pod.node)
+    report = node_energy.status if node_energy else None
+    return cap_for(member.pool, products_of(report, member.pod.uid), world.profiles)
+
+
+def _agree(verdicts: Sequence[Cap | Hold]) -> Cap | Hold:
+    """Return what all pods of an instance do together: one pod on hold holds them all."""
+    holds = [verdict for verdict in verdicts if isinstance(verdict, Hold)]
+    if holds:
+        return holds[0]
+    caps = sorted({verdict.mhz for verdict in verdicts if isinstance(verdict, Cap)})
+    if len(caps) > 1:
+        return hold(
+            Reason.PRODUCT_UNKNOWN,
+            f"the pods of this instance run on different GPU products, whose caps differ ({caps} MHz): write one "
+            "clock.maxSMClockMHz for the pool",
+        )
+    return Cap(caps[0])
+
+
+def _order(member: Member, verdict: Cap | Hold | None) -> Order:
+    policy, spec = member.policy, member.spec
+    # In Observe mode the cap is left out on purpose: an agent that misread the mode would still write nothing.
+    cap = verdict.mhz if isinstance(verdict, Cap) and spec.mode is Mode.ENFORCE else None
+    experiment = None
+    if cap is not None and spec.verification.method == "Switchback":
+        experiment = OrderExperiment(
+            seed=policy.uid,
+            epoch_seconds=spec.verification.epoch_seconds,
+            control_share=spec.verification.control_share,
+        )
+    return Order(
+        policy=PolicyRef(namespace=policy.namespace, name=policy.name, uid=policy.uid, generation=policy.generation),
+        pool=member.pool.name,
+        role=member.pool.role,
+        pod=_reference(member.pod),
+        pod_uid=member.pod.uid,
+        instance=member.instance,
+        mode=spec.mode,
+        cap_mhz=cap,
+        hold=verdict if isinstance(verdict, Hold) else None,
+        experiment=experiment,
+        guardrail=spec.guardrail if member.pool.role is Role.DECODE else None,
+        metrics_url=metrics_url(member),
+    )
+
+
+def _reference(pod: PodView) -> ObjectRef:
+    return ObjectRef(namespace=pod.namespace, name=pod.name, uid=pod.uid)
+
+
+def give_orders(world: World) -> Orders:
+    """Return the orders for all nodes."""
+    selection = select(world.policies, world.pods)
+    by_node: dict[str, list[tuple[Member, Order]]] = defaultdict(list)
+    without_gpu: dict[str, tuple[Member, ...]] = {}
+    surplus: dict[str, list[Member]] = defaultdict(list)
+    for uid, members in selection.members.items():
+        with_gpu = [member for member in members if member.pod.wants_gpu]
+        without_gpu[uid] = tuple(member for member in members if not member.pod.wants_gpu)
+        peers = peer_groups(members)
+        verdicts: dict[str, list[Cap | Hold]] = defaultdict(list)
+        for member in with_gpu:
+            if member.pool.role is Role.DECODE:
+                verdicts[member.instance].append(_verdict(member, world, peers))
+        agreed = {instance: _agree(found) for instance, found in verdicts.items()}
+        for member in with_gpu:
+            verdict = agreed[member.instance] if member.pool.role is Role.DECODE else None
+            if member.rivals and verdict is None:
+                verdict = _verdict(member, world, peers)  # a Prefill pool lost the dispute or won it: say so
+            by_node[member.pod.node].append((member, _order(member, verdict)))
+    final: dict[str, tuple[Order, ...]] = {}
+    for node, entries in by_node.items():
+        entries.sort(key=lambda entry: (entry[0].policy.age_key, entry[0].pod.name))
+        for member, _ in entries[MAX_ORDERS_PER_NODE:]:
+            surplus[member.policy.uid].append(member)
+        kept = [order for _, order in entries[:MAX_ORDERS_PER_NODE]]
+        final[node] = tuple(sorted(kept, key=lambda order: order.pod_uid))
+    return Orders(
+        by_node=final,
+        selection=selection,
+        without_gpu=without_gpu,
+        surplus={uid: tuple(found) for uid, found in surplus.items()},
+    )

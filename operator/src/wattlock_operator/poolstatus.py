@@ -1,0 +1,223 @@
+"""The status of one pool: sums and worst cases over its GPUs and instances, and why they are as they are."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from wattlock_api.base import decimal_string
+from wattlock_api.constants import GpuState, PowerCapVerdict, Reason, Role
+from wattlock_api.energypolicy import Limiters, Pool, PoolReason, PoolStatus, PowerCap, Savings
+from wattlock_api.nodeenergy import Order
+
+from wattlock_operator.accounting import JOULES_PER_KWH, Account
+from wattlock_operator.orders import Orders
+from wattlock_operator.release import is_silent
+from wattlock_operator.reports import NodeGpu, NodeInstance, PoolReport, number
+from wattlock_operator.selection import Member
+from wattlock_operator.world import World
+
+MAX_REASONS = 12
+#: Share of the busy time at the power cap from which it counts as binding, in percent.
+BINDING_PERCENT = 1.0
+MIN_BUSY_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class PodProblem:
+    """Why a pod's GPUs (if it has any) are not under an agent's control."""
+
+    pod: str
+    node: str
+    reason: Reason
+    message: str
+
+
+def pod_problems(
+    members: Sequence[Member], orders: Orders, uid: str, world: World, now_seconds: float
+) -> dict[str, list[PodProblem]]:
+    """Return the problems of a policy's pods, by pool: no agent, a silent one, no GPU, too many orders."""
+    agents = {pod.node for pod in world.agent_pods()}
+    without_gpu = {member.pod.uid for member in orders.without_gpu.get(uid, ())}
+    surplus = {member.pod.uid for member in orders.surplus.get(uid, ())}
+    found: dict[str, list[PodProblem]] = {}
+    for member in members:
+        pod, problem = member.pod, None
+        report = node.status if (node := world.node_energies.get(pod.node)) else None
+        if pod.uid in without_gpu:
+            problem = (
+                Reason.NO_GPUS,
+                (
+                    f"pod {pod.name} asks for no GPU (no nvidia.com/ resource and no resource claim): narrow the "
+                    "selector of the pool, or add the GPU to the pod"
+                ),
+            )
+        elif pod.uid in surplus:
+            problem = (
+                Reason.NO_AGENT,
+                f"node {pod.node} has more selected pods than one agent serves: narrow the selectors",
+            )
+        elif pod.node not in agents and is_silent(report, now_seconds):
+            problem = (
+                Reason.NO_AGENT,
+                (
+                    f"no Wattlock agent runs on node {pod.node}, where pod {pod.name} is: check placement.nodeSelector "
+                    f"and placement.tolerations, and the events of the wattlock-agent DaemonSets in namespace "
+                    f"{world.agent_namespace}"
+                ),
+            )
+        elif is_silent(report, now_seconds):
+            problem = (
+                Reason.AGENT_SILENT,
+                (
+                    f"the agent on node {pod.node} has not reported lately: see the logs of its pod in namespace "
+                    f"{world.agent_namespace}"
+                ),
+            )
+        if problem is not None:
+            found.setdefault(member.pool.name, []).append(PodProblem(pod.name, pod.node, *problem))
+    return found
+
+
+def _reasons(
+    fresh: Iterable[NodeGpu], problems: Sequence[PodProblem], held: Sequence[Order], has_pods: bool, pool: Pool
+) -> list[PoolReason]:
+    counts: Counter[str] = Counter()
+    messages: dict[str, str] = {}
+    for entry in fresh:
+        counts[entry.gpu.reason] += 1
+        messages.setdefault(entry.gpu.reason, entry.gpu.message)
+    # What the operator decided is told at once, whether or not an agent has reported it back.
+    for order in held:
+        if order.hold is not None:
+            counts[order.hold.reason] += 0
+            messages[order.hold.reason] = order.hold.message
+    for problem in problems:
+        counts[problem.reason.value] += 0
+        messages.setdefault(problem.reason.value, problem.message)
+    if not has_pods:
+        counts[Reason.NO_MATCHING_PODS.value] += 0
+        messages[Reason.NO_MATCHING_PODS.value] = (
+            f"the selector of pool {pool.name} matches no running pod of the policy's namespace"
+        )
+    return [
+        PoolReason(reason=reason, gpus=gpus, message=messages[reason][:1024])
+        for reason, gpus in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+        if reason
+    ][:MAX_REASONS]
+
+
+def _limiters(gpus: Iterable[NodeGpu]) -> Limiters:
+    sums = dict.fromkeys(Limiters.model_fields, 0.0)
+    for entry in gpus:
+        for name in sums:
+            sums[name] += number(getattr(entry.gpu.limiters, name))
+    return Limiters(**{name: decimal_string(seconds, 1) for name, seconds in sums.items() if seconds})
+
+
+def power_cap(gpus: Sequence[NodeGpu]) -> PowerCap:
+    """Return whether the power limit acted on the GPUs, from their counters of time."""
+    busy = sum(number(entry.gpu.busy_seconds) for entry in gpus)
+    capped = sum(number(entry.gpu.limiters.power_cap_seconds) for entry in gpus)
+    limits = [entry.gpu.power_limit_watts for entry in gpus if entry.gpu.power_limit_watts is not None]
+    peaks = [entry.gpu.peak_watts for entry in gpus if entry.gpu.peak_watts is not None]
+    verdict, percent = PowerCapVerdict.UNKNOWN, None
+    if busy >= MIN_BUSY_SECONDS:
+        share = min(100.0, 100 * capped / busy)
+        percent = decimal_string(share, 1)
+        verdict = PowerCapVerdict.BINDING if share > BINDING_PERCENT else PowerCapVerdict.INERT
+    return PowerCap(
+        limit_watts=min(limits, default=None),
+        peak_watts=max(peaks, default=None),
+        time_at_cap_percent=percent,
+        verdict=verdict,
+    )
+
+
+def _joules_per_token(role: Role, gpus: Sequence[NodeGpu], instances: Sequence[NodeInstance]) -> float | None:
+    """Return watts over tokens per second, of the instances whose tokens are known."""
+    watts = tokens = 0.0
+    for item in instances:
+        rate = item.instance.prompt_tokens_per_second if role is Role.PREFILL else item.instance.tokens_per_second
+        own = [
+            entry.gpu.power_watts
+            for entry in gpus
+            if entry.node == item.node and entry.gpu.instance == item.instance.instance
+            if entry.gpu.power_watts is not None
+        ]
+        if rate is not None and own and not item.spread:
+            tokens += number(rate)
+            watts += sum(own)
+    return watts / tokens if tokens > 0 else None
+
+
+def _latency_ms(instances: Sequence[NodeInstance]) -> float | None:
+    """Return the mean inter-token latency, each instance weighed by its tokens."""
+    known = [
+        (number(item.instance.inter_token_latency_ms), number(item.instance.tokens_per_second))
+        for item in instances
+        if item.instance.inter_token_latency_ms is not None
+    ]
+    weight = sum(tokens for _, tokens in known)
+    if weight > 0:
+        return sum(latency * tokens for latency, tokens in known) / weight
+    return None
+
+
+def pool_status(
+    pool: Pool,
+    members: Sequence[Member],
+    report: PoolReport,
+    account: Account,
+    savings: Savings | None,
+    held: Sequence[Order],
+    problems: Sequence[PodProblem],
+) -> PoolStatus:
+    """Return what is to be said about a pool. A number that was not measured is absent."""
+    fresh = [entry for entry in report.gpus if not entry.silent]
+    instances = [item for item in report.instances if not item.silent]
+    locked = [entry for entry in fresh if entry.gpu.state is GpuState.LOCKED]
+    requested = [entry.gpu.requested_mhz for entry in fresh if entry.gpu.requested_mhz is not None]
+    observed = [
+        entry.gpu.observed_mhz
+        for entry in fresh
+        if entry.gpu.observed_mhz is not None and entry.gpu.requested_mhz is not None
+    ]
+    powers = [entry.gpu.power_watts for entry in fresh if entry.gpu.power_watts is not None]
+    rates = [
+        number(item.instance.tokens_per_second) for item in instances if item.instance.tokens_per_second is not None
+    ]
+    joules = _joules_per_token(pool.role, fresh, instances)
+    latency = _latency_ms(instances)
+    clamp_seconds = sum(number(entry.gpu.clamp_seconds) for entry in report.gpus)
+    energy = account.energy_joules
+    return PoolStatus(
+        name=pool.name,
+        role=pool.role,
+        instances=len({member.instance for member in members}),
+        pods=len(members),
+        gpus=len(report.gpus),
+        locked=len(locked),
+        requested_mhz=min(requested, default=None),
+        observed_mhz=min(observed, default=None),
+        power_watts=sum(powers) if powers else None,
+        energy_kwh=None if energy is None else decimal_string(energy / JOULES_PER_KWH, 6),
+        tokens_per_second=decimal_string(sum(rates), 1) if rates else None,
+        joules_per_token=None if joules is None else decimal_string(joules, 4),
+        inter_token_latency_ms=None if latency is None else decimal_string(latency, 2),
+        limiters=_limiters(report.gpus),
+        clamped_gpus=sum(entry.gpu.clamped for entry in fresh),
+        clamp_seconds=decimal_string(clamp_seconds, 1) if clamp_seconds else "0",
+        power_cap=power_cap(report.gpus),
+        savings=savings,
+        reasons=_reasons(fresh, problems, held, bool(members), pool),
+    )
+
+
+def held_orders(orders: Orders, uid: str) -> Mapping[str, list[Order]]:
+    """Return the orders of a policy that hold a cap back, by pool."""
+    found: dict[str, list[Order]] = {}
+    for node_orders in orders.by_node.values():
+        for order in node_orders:
+            if order.policy.uid == uid and order.hold is not None:
+                found.setdefault(order.pool, []).append(order)
+    return found

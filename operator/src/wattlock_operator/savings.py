@@ -1,0 +1,170 @@
+"""What the experiment of a pool says: a verdict, always with a reason, and numbers only where they were measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wattlock_api.base import decimal_string
+from wattlock_api.constants import Mode, Reason, SavingsVerdict
+from wattlock_api.energypolicy import Cost, Savings, Verification
+from wattlock_api.nodeenergy import Moments, PairStats
+
+from wattlock_operator.accounting import JOULES_PER_KWH
+from wattlock_operator.pooling import Effect, Sample, change_percent, pool, saving_percent
+from wattlock_operator.reports import NodeInstance, PoolReport, number
+
+MIN_PAIRS = 6
+MAX_HALF_WIDTH_POINTS = 3.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The effects behind a verdict."""
+
+    savings: Savings
+    energy: Effect | None = None
+
+    @property
+    def verified_log_effect(self) -> float | None:
+        """Mean log ratio of the energy for each token, only while it is verified."""
+        if self.energy is None or self.savings.verdict is not SavingsVerdict.VERIFIED:
+            return None
+        return self.energy.mean
+
+
+def current_stats(report: PoolReport, item: NodeInstance) -> PairStats | None:
+    """Return the statistics of the cap that an instance has now; else of the cap with the most pairs."""
+    stats = item.instance.pair_stats
+    requested = {
+        entry.gpu.requested_mhz
+        for entry in report.gpus
+        if entry.node == item.node and entry.gpu.instance == item.instance.instance
+    } - {None}
+    for entry in stats:
+        if entry.cap_mhz in requested:
+            return entry
+    return None if requested else max(stats, key=lambda entry: entry.pairs, default=None)
+
+
+def _sample(pairs: int, moments: Moments) -> Sample:
+    return Sample(pairs, number(moments.total), number(moments.squares))
+
+
+def _signed(text: str) -> str:
+    """Write minus zero as zero."""
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def _percent(value: float) -> str:
+    return _signed(decimal_string(max(-1e9, min(1e9, value)), 1))
+
+
+def _verdict(
+    energy: Effect | None, locked: bool, report: PoolReport, spread: int
+) -> tuple[SavingsVerdict, Reason, str]:
+    usable = [item for item in report.instances if not item.spread]
+    if energy is None or energy.pairs < MIN_PAIRS:
+        pairs = energy.pairs if energy else 0
+        if pairs == 0 and not usable and spread:
+            return (
+                SavingsVerdict.UNKNOWN,
+                Reason.TOO_FEW_PAIRS,
+                f"{spread} instance(s) run on several nodes; their energy for each token is not measured yet",
+            )
+        if pairs == 0 and not locked:
+            return SavingsVerdict.UNKNOWN, Reason.NOTHING_LOCKED, "no GPU of the pool is capped, so nothing is compared"
+        if pairs == 0 and (not usable or all(item.instance.tokens_per_second is None for item in usable)):
+            example = next((item.instance.message for item in usable if item.instance.message), "")
+            return (
+                SavingsVerdict.UNKNOWN,
+                Reason.NO_SERVING_METRICS,
+                "no pod of the pool serves metrics that count generated tokens, so energy for each token is unknown: "
+                "check the pool's metrics.port and metrics.path" + (f" ({example})" if example else ""),
+            )
+        return (
+            SavingsVerdict.INCONCLUSIVE,
+            Reason.TOO_FEW_PAIRS,
+            f"{pairs} of at least {MIN_PAIRS} pairs of epochs are measured",
+        )
+    saving = saving_percent(energy)
+    interval = f"{_percent(saving.value)}% (95% interval {_percent(saving.low)} to {_percent(saving.high)})"
+    if saving.half_width >= MAX_HALF_WIDTH_POINTS:
+        return (
+            SavingsVerdict.INCONCLUSIVE,
+            Reason.INTERVAL_TOO_WIDE,
+            f"saving {interval}: the half-width must be under {MAX_HALF_WIDTH_POINTS:.0f} points; more pairs narrow it",
+        )
+    if saving.low <= 0 <= saving.high:
+        return SavingsVerdict.INCONCLUSIVE, Reason.INTERVAL_INCLUDES_ZERO, f"saving {interval}: it may be none"
+    if saving.value < 0:
+        return (
+            SavingsVerdict.VERIFIED,
+            Reason.INTERVAL_EXCLUDES_ZERO,
+            f"the cap costs energy: saving {interval}. Raise or remove the cap",
+        )
+    return SavingsVerdict.VERIFIED, Reason.INTERVAL_EXCLUDES_ZERO, f"saving {interval} for each token"
+
+
+def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> Finding:
+    """Return the verdict on a Decode pool."""
+    if verification.method == "None":
+        return Finding(
+            Savings(
+                method="None",
+                verdict=SavingsVerdict.UNKNOWN,
+                reason=Reason.VERIFICATION_OFF.value,
+                message="verification.method is None: write Switchback to measure the saving",
+            )
+        )
+    usable = [item for item in report.instances if not item.spread]
+    spread = len({item.instance.key for item in report.instances if item.spread})
+    found = [entry for item in usable if (entry := current_stats(report, item)) is not None]
+    energy = pool([_sample(entry.pairs, entry.energy) for entry in found])
+    throughput = pool([_sample(entry.pairs, entry.throughput) for entry in found])
+    latency = pool([_sample(entry.latency_pairs, entry.latency) for entry in found])
+    locked = mode is Mode.ENFORCE and any(entry.gpu.requested_mhz is not None for entry in report.gpus)
+    verdict, reason, message = _verdict(energy, locked, report, spread)
+    if spread and usable:
+        message += f". {spread} instance(s) on several nodes are left out"
+    if mode is Mode.OBSERVE and reason is Reason.NOTHING_LOCKED:
+        message = "mode is Observe: a saving is measured only while GPUs are capped, in mode Enforce"
+    known = energy is not None and energy.pairs >= MIN_PAIRS and energy.bounded
+    saving = saving_percent(energy) if energy is not None and known else None
+    savings = Savings(
+        method="Switchback",
+        verdict=verdict,
+        reason=reason.value,
+        message=message,
+        energy_percent=_percent(saving.value) if saving else None,
+        ci95=[_percent(saving.low), _percent(saving.high)] if saving else None,
+        throughput_change_percent=_percent(change_percent(throughput).value) if throughput and known else None,
+        inter_token_latency_change_percent=_percent(change_percent(latency).value)
+        if latency and latency.pairs >= MIN_PAIRS
+        else None,
+        pairs=energy.pairs if energy else 0,
+        instances=energy.instances if energy else 0,
+        dropped_epochs=_dropped(usable),
+    )
+    return Finding(savings, energy)
+
+
+def _dropped(items: Sequence[NodeInstance]) -> int:
+    return sum(
+        dropped.restart + dropped.limiter + dropped.no_tokens + dropped.samples + dropped.not_applied
+        for dropped in (item.instance.dropped for item in items)
+    )
+
+
+def with_totals(savings: Savings, saved_joules: float | None, cost: Cost) -> Savings:
+    """Return the savings with the sums in kWh, money and carbon. PUE counts only where the policy gives it."""
+    if saved_joules is None:
+        return savings
+    kwh = saved_joules / JOULES_PER_KWH
+    whole = kwh * float(cost.pue or 1)
+    price, grams = cost.price_per_kwh, cost.grams_co2_per_kwh
+    return savings.model_copy(
+        update={
+            "saved_kwh": _signed(decimal_string(kwh, 6)),
+            "saved_cost": None if price is None else _signed(decimal_string(whole * float(price), 4)),
+            "saved_kg_co2": None if grams is None else _signed(decimal_string(whole * grams / 1000, 4)),
+        }
+    )

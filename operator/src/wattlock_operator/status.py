@@ -1,0 +1,150 @@
+"""The status of policies, put together from orders, reports and accounts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from wattlock_api.constants import Mode, Role, SavingsVerdict
+from wattlock_api.energypolicy import EnergyPolicyStatus, PoolStatus, Summary
+
+from wattlock_operator.accounting import Account, open_or_advance
+from wattlock_operator.conditions import Facts, dated, find_conditions
+from wattlock_operator.orders import Orders
+from wattlock_operator.pooling import saving_percent
+from wattlock_operator.poolstatus import held_orders, pod_problems, pool_status
+from wattlock_operator.release import Release
+from wattlock_operator.reports import PoolKey, PoolReport, number
+from wattlock_operator.savings import Finding, find_saving, with_totals
+from wattlock_operator.world import PolicyView, World
+
+
+@dataclass(frozen=True)
+class PolicyReport:
+    """The status of a policy and the accounts behind it."""
+
+    status: EnergyPolicyStatus
+    accounts: Mapping[PoolKey, Account]
+
+
+def lagging_nodes(world: World, orders: Orders, uid: str) -> tuple[str, ...]:
+    """Return nodes with orders of the policy that were not written yet, or that their agent has not acted on."""
+    found = []
+    for name, wanted in orders.by_node.items():
+        if not any(order.policy.uid == uid for order in wanted):
+            continue
+        node_energy = world.node_energies.get(name)
+        report = node_energy.status if node_energy else None
+        written = node_energy is not None and node_energy.orders == wanted
+        if not written or report is None or node_energy is None or report.observed_generation < node_energy.generation:
+            found.append(name)
+    return tuple(sorted(found))
+
+
+def _range(numbers: Sequence[int]) -> str:
+    distinct = sorted(set(numbers))
+    if not distinct:
+        return ""
+    return f"{distinct[0]}MHz" if len(distinct) == 1 else f"{distinct[0]}-{distinct[-1]}MHz"
+
+
+def _saved(findings: Sequence[Finding]) -> str:
+    """Return the pool with the most pairs in a word."""
+    best = max(findings, key=lambda finding: finding.savings.pairs, default=None)
+    if best is None:
+        return ""
+    if best.savings.verdict is SavingsVerdict.VERIFIED and best.energy is not None:
+        saving = saving_percent(best.energy)
+        return f"{saving.value:.1f}%±{saving.half_width:.1f}"
+    return best.savings.verdict.value
+
+
+def summary(policy: PolicyView, pools: Sequence[PoolStatus], findings: Sequence[Finding]) -> Summary:
+    """Return the policy in a line."""
+    decode = [pool for pool in pools if pool.role is Role.DECODE]
+    asked = [pool.requested_mhz for pool in decode if pool.requested_mhz is not None]
+    if not asked and policy.spec is not None and policy.spec.mode is Mode.ENFORCE:
+        fixed = [pool.clock.max_sm_clock_mhz for pool in policy.spec.pools if pool.clock is not None]
+        asked = [mhz for mhz in fixed if mhz is not None]
+    powers = [pool.power_watts for pool in pools if pool.power_watts is not None]
+    per_token = [pool.joules_per_token for pool in decode if pool.joules_per_token is not None]
+    return Summary(
+        gpus=sum(pool.gpus for pool in pools),
+        locked=sum(pool.locked for pool in pools),
+        clock=_range(asked),
+        power=f"{sum(powers)}W" if powers else "",
+        saved=_saved(findings),
+        observed=_range([pool.observed_mhz for pool in decode if pool.observed_mhz is not None]),
+        joules_per_token=f"{number(max(per_token, key=number)):.3f}" if per_token else "",
+    )
+
+
+def report_policy(
+    policy: PolicyView,
+    world: World,
+    orders: Orders,
+    reports: Mapping[PoolKey, PoolReport],
+    accounts: Mapping[PoolKey, Account],
+    before: EnergyPolicyStatus | None,
+    release: Release | None,
+    template_problem: str,
+    now_seconds: float,
+) -> PolicyReport:
+    """Return the status of a policy. ``before`` is the last one: its times and sums go on."""
+    before = before or EnergyPolicyStatus()
+    members = orders.selection.members.get(policy.uid, ())
+    problems = pod_problems(members, orders, policy.uid, world, now_seconds)
+    held = held_orders(orders, policy.uid)
+    previous = {pool.name: pool for pool in before.pools}
+    pools, pool_reports, findings = [], [], []
+    kept: dict[PoolKey, Account] = {}
+    for pool in policy.spec.pools if policy.spec else ():
+        key = (policy.uid, pool.name)
+        report = reports.get(key, PoolReport())
+        finding = None
+        if policy.spec is not None and pool.role is Role.DECODE:
+            finding = find_saving(policy.spec.verification, policy.spec.mode, report)
+            findings.append(finding)
+        old = previous.get(pool.name)
+        old_energy = number(old.energy_kwh) if old and old.energy_kwh is not None else None
+        old_saved = number(old.savings.saved_kwh) if old and old.savings and old.savings.saved_kwh else None
+        effect = finding.verified_log_effect if finding else None
+        account = kept[key] = open_or_advance(accounts, key, report, old_energy, old_saved, effect)
+        savings = None
+        if finding is not None and policy.spec is not None:
+            savings = with_totals(finding.savings, account.saved_joules, policy.spec.cost)
+        own = [member for member in members if member.pool.name == pool.name]
+        pools.append(
+            pool_status(pool, own, report, account, savings, held.get(pool.name, ()), problems.get(pool.name, ()))
+        )
+        pool_reports.append(report)
+    facts = Facts(
+        policy=policy,
+        pools=pools,
+        reports=pool_reports,
+        disputes=orders.selection.disputes.get(policy.uid, ()) if release is None else (),
+        lagging_nodes=lagging_nodes(world, orders, policy.uid),
+        release=release,
+        template_problem=template_problem,
+    )
+    times = [report.measured_at for report in pool_reports if report.measured_at]
+    status = EnergyPolicyStatus(
+        observed_generation=policy.generation,
+        conditions=dated(find_conditions(facts), before.conditions, policy.generation, now_seconds),
+        summary=summary(policy, pools, findings),
+        pools=pools,
+        measured_at=max(times, default=before.measured_at),
+    )
+    return PolicyReport(status, kept)
+
+
+def urgent_change(before: EnergyPolicyStatus | None, after: EnergyPolicyStatus) -> bool:
+    """Return whether people should see the new status at once: a state changed, not only numbers."""
+
+    def essence(status: EnergyPolicyStatus) -> object:
+        return (
+            status.observed_generation,
+            {(condition.type, condition.status, condition.reason) for condition in status.conditions},
+            (status.summary.gpus, status.summary.locked, status.summary.clock),
+            {(pool.name, pool.pods, entry.reason) for pool in status.pools for entry in pool.reasons},
+        )
+
+    return before is None or essence(before) != essence(after)

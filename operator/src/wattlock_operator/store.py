@@ -1,0 +1,108 @@
+"""The operator's memory of the cluster: projections of watched objects, and whether they changed.
+
+Filled by whole lists (at start and from time to time: a watch may miss a deletion while it reconnects) and kept
+up to date by watch events in between.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from wattlock_operator import world as views
+from wattlock_operator.world import World
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A watched kind."""
+
+    name: str
+    parse: Callable[[Mapping[str, Any]], Any]
+
+
+POLICY = Kind("EnergyPolicy", views.parse_policy)
+POD = Kind("Pod", views.parse_pod)
+NODE = Kind("Node", views.parse_node)
+NODE_ENERGY = Kind("NodeEnergy", views.parse_node_energy)
+PROFILE = Kind("ClockProfile", views.parse_profile)
+KINDS = (POLICY, POD, NODE, NODE_ENERGY, PROFILE)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    version: int
+    view: Any
+
+
+def _identify(body: Mapping[str, Any]) -> tuple[str, str]:
+    metadata = body.get("metadata") or {}
+    return str(metadata.get("namespace") or ""), str(metadata.get("name") or "")
+
+
+def _version(body: Mapping[str, Any]) -> int:
+    """Return the resourceVersion: a number that grows, by Kubernetes' promise since 1.35 and by habit before."""
+    text = str((body.get("metadata") or {}).get("resourceVersion") or "0")
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
+class Store:
+    """All projections by kind and name. Safe to use from several threads."""
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
+        self._lock = threading.Lock()
+        self._entries: dict[str, dict[tuple[str, str], _Entry]] = {kind.name: {} for kind in KINDS}
+
+    def put(self, kind: Kind, body: Mapping[str, Any]) -> None:
+        """Take in an object as a watch showed it. Older news than what is known is ignored."""
+        key, version = _identify(body), _version(body)
+        view = kind.parse(body)
+        with self._lock:
+            entries = self._entries[kind.name]
+            known = entries.get(key)
+            if known is not None and known.version > version:
+                return
+            entries[key] = _Entry(version, view)
+        if known is None or known.view != view:
+            self._changed()
+
+    def drop(self, kind: Kind, body: Mapping[str, Any]) -> None:
+        """Forget a deleted object, unless a later one has its name."""
+        key, version = _identify(body), _version(body)
+        with self._lock:
+            entries = self._entries[kind.name]
+            known = entries.get(key)
+            if known is None or known.version > version:
+                return
+            del entries[key]
+        self._changed()
+
+    def replace(self, kind: Kind, bodies: Iterable[Mapping[str, Any]]) -> None:
+        """Take in a whole list: what is not in it is gone, unless it came while the list was read."""
+        with self._lock:
+            before = dict(self._entries[kind.name])
+        seen = set()
+        for body in bodies:
+            seen.add(_identify(body))
+            self.put(kind, body)
+        with self._lock:
+            entries = self._entries[kind.name]
+            for key, entry in before.items():
+                if key not in seen and entries.get(key) is entry:
+                    del entries[key]
+        self._changed()
+
+    def world(self, daemon_sets: tuple[views.DaemonSetView, ...], agent_namespace: str) -> World:
+        """Return a snapshot."""
+        with self._lock:
+            shown = {name: {key: entry.view for key, entry in found.items()} for name, found in self._entries.items()}
+        return World(
+            policies=tuple(sorted(shown[POLICY.name].values(), key=lambda policy: policy.age_key)),
+            pods=tuple(shown[POD.name].values()),
+            nodes={name: view for (_, name), view in shown[NODE.name].items()},
+            node_energies={name: view for (_, name), view in shown[NODE_ENERGY.name].items()},
+            profiles={name: view for (_, name), view in shown[PROFILE.name].items() if view is not None},
+            daemon_sets=daemon_sets,
+            agent_namespace=agent_namespace,
+        )

@@ -1,0 +1,319 @@
+"""What the operator knows of the cluster: small frozen projections of the objects it watches.
+
+Parsing never raises: what is missing or odd in an object becomes an absent value here, and the decisions
+turn absent values into holds with a reason.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from wattlock_api.clockprofile import ClockProfileSpec
+from wattlock_api.constants import (
+    AGENT_COMPONENT,
+    COMPONENT_LABEL,
+    FINALIZER,
+    FORCE_RELEASE_ANNOTATION,
+    PLACEMENT_LABEL,
+)
+from wattlock_api.energypolicy import EnergyPolicySpec, EnergyPolicyStatus
+from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
+
+Json = Mapping[str, Any]
+_Model = TypeVar("_Model", Order, GpuStatus, InstanceStatus)
+
+_METRICS_PORT_NAMES = ("metrics", "prometheus", "system", "http")
+_METRICS_PATH = re.compile(r"/[A-Za-z0-9._~/-]{0,127}")
+
+
+@dataclass(frozen=True)
+class PolicyView:
+    """An EnergyPolicy."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    created: str
+    """creationTimestamp as the API server writes it: sorts by age."""
+    spec: EnergyPolicySpec | None
+    """Absent: not understood, see ``problem``."""
+    status: EnergyPolicyStatus | None
+    problem: str = ""
+    deleting: bool = False
+    finalizer: bool = False
+    """Whether deletion waits for us. No GPU may be locked before it does."""
+    force_release: bool = False
+
+    @property
+    def title(self) -> str:
+        """Namespace and name, for sentences."""
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def age_key(self) -> tuple[str, str, str]:
+        """Sorts policies: the oldest first, then by name."""
+        return (self.created, self.namespace, self.name)
+
+
+@dataclass(frozen=True)
+class MetricsHint:
+    """Where a pod's own manifest says that its metrics are."""
+
+    annotated_port: int | None = None
+    annotated_path: str | None = None
+    named_port: int | None = None
+    gpu_container_port: int | None = None
+
+
+@dataclass(frozen=True)
+class PodView:
+    """A pod."""
+
+    namespace: str
+    name: str
+    uid: str
+    node: str
+    """Empty until it is scheduled."""
+    phase: str
+    ready: bool
+    terminating: bool
+    labels: Mapping[str, str]
+    ip: str
+    wants_gpu: bool
+    """Whether a container asks for a GPU, through a device plugin or a resource claim."""
+    hint: MetricsHint = MetricsHint()
+
+    @property
+    def finished(self) -> bool:
+        """Whether its containers will never run again."""
+        return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def agent_placement(self) -> str | None:
+        """Hash of the placement when this is one of our agents (the caller checks the namespace)."""
+        if self.labels.get(COMPONENT_LABEL) != AGENT_COMPONENT:
+            return None
+        return self.labels.get(PLACEMENT_LABEL)
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """A node."""
+
+    name: str
+    labels: Mapping[str, str]
+    ready: bool
+
+
+@dataclass(frozen=True)
+class NodeEnergyView:
+    """A NodeEnergy."""
+
+    name: str
+    uid: str
+    generation: int
+    orders: tuple[Order, ...]
+    readable: bool
+    """False: the orders there are not all understood; they are written anew."""
+    status: NodeEnergyStatus | None
+
+
+@dataclass(frozen=True)
+class DaemonSetView:
+    """An agent DaemonSet of ours."""
+
+    name: str
+    placement: str
+    fingerprint: str
+    """Hash of the manifest that was applied."""
+    enforces: bool
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that a decision looks at."""
+
+    policies: tuple[PolicyView, ...] = ()
+    pods: tuple[PodView, ...] = ()
+    nodes: Mapping[str, NodeView] = field(default_factory=dict)
+    node_energies: Mapping[str, NodeEnergyView] = field(default_factory=dict)
+    profiles: Mapping[str, ClockProfileSpec] = field(default_factory=dict)
+    daemon_sets: tuple[DaemonSetView, ...] = ()
+    agent_namespace: str = ""
+
+    def agent_pods(self) -> tuple[PodView, ...]:
+        """Agents that are on a node and not finished."""
+        return tuple(
+            pod
+            for pod in self.pods
+            if pod.namespace == self.agent_namespace and pod.agent_placement is not None and pod.node
+            if not pod.finished
+        )
+
+
+def _mapping(value: Any) -> Json:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _items(value: Any) -> list[Json]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:500]
+
+
+def parse_policy(body: Json) -> PolicyView:
+    """Return the projection of an EnergyPolicy."""
+    metadata = _mapping(body.get("metadata"))
+    spec, problem, status = None, "", None
+    try:
+        spec = EnergyPolicySpec.model_validate(body.get("spec"))
+    except ValidationError as error:
+        problem = _first_problem(error)
+    if body.get("status"):
+        try:
+            status = EnergyPolicyStatus.model_validate(body["status"])
+        except ValidationError:
+            status = None  # somebody else's text: it is overwritten
+    return PolicyView(
+        namespace=str(metadata.get("namespace", "")),
+        name=str(metadata.get("name", "")),
+        uid=str(metadata.get("uid", "")),
+        generation=int(metadata.get("generation") or 0),
+        created=str(metadata.get("creationTimestamp", "")),
+        spec=spec,
+        status=status,
+        problem=problem,
+        deleting=bool(metadata.get("deletionTimestamp")),
+        finalizer=FINALIZER in (metadata.get("finalizers") or []),
+        force_release=_mapping(metadata.get("annotations")).get(FORCE_RELEASE_ANNOTATION) == "true",
+    )
+
+
+def _port(text: Any) -> int | None:
+    try:
+        number = int(text)
+    except (TypeError, ValueError):
+        return None
+    return number if 1 <= number <= 65535 else None
+
+
+def _container_wants_gpu(container: Json) -> bool:
+    resources = _mapping(container.get("resources"))
+    names = {*_mapping(resources.get("limits")), *_mapping(resources.get("requests"))}
+    return any(str(name).startswith("nvidia.com/") for name in names) or bool(resources.get("claims"))
+
+
+def _metrics_hint(metadata: Json, containers: list[Json]) -> MetricsHint:
+    annotations = _mapping(metadata.get("annotations"))
+    path = annotations.get("prometheus.io/path")
+    named: dict[str, int] = {}
+    for container in containers:
+        for port in _items(container.get("ports")):
+            number = _port(port.get("containerPort"))
+            if number is not None:
+                named.setdefault(str(port.get("name", "")), number)
+    gpu_ports = [
+        number
+        for container in containers
+        if _container_wants_gpu(container)
+        for port in _items(container.get("ports"))
+        if (number := _port(port.get("containerPort"))) is not None
+    ]
+    return MetricsHint(
+        annotated_port=_port(annotations.get("prometheus.io/port")),
+        annotated_path=path if isinstance(path, str) and _METRICS_PATH.fullmatch(path) else None,
+        named_port=next((named[name] for name in _METRICS_PORT_NAMES if name in named), None),
+        gpu_container_port=gpu_ports[0] if gpu_ports else None,
+    )
+
+
+def parse_pod(body: Json) -> PodView:
+    """Return the projection of a pod."""
+    metadata, spec, status = (_mapping(body.get(part)) for part in ("metadata", "spec", "status"))
+    # A sidecar is an init container that keeps running: it may own the metrics port.
+    containers = _items(spec.get("containers")) + _items(spec.get("initContainers"))
+    ready = any(
+        condition.get("type") == "Ready" and condition.get("status") == "True"
+        for condition in _items(status.get("conditions"))
+    )
+    return PodView(
+        namespace=str(metadata.get("namespace", "")),
+        name=str(metadata.get("name", "")),
+        uid=str(metadata.get("uid", "")),
+        node=str(spec.get("nodeName") or ""),
+        phase=str(status.get("phase") or ""),
+        ready=ready,
+        terminating=bool(metadata.get("deletionTimestamp")),
+        labels={str(key): str(value) for key, value in _mapping(metadata.get("labels")).items()},
+        ip=str(status.get("podIP") or ""),
+        wants_gpu=any(map(_container_wants_gpu, containers)) or bool(spec.get("resourceClaims")),
+        hint=_metrics_hint(metadata, containers),
+    )
+
+
+def parse_node(body: Json) -> NodeView:
+    """Return the projection of a node."""
+    metadata, status = _mapping(body.get("metadata")), _mapping(body.get("status"))
+    ready = any(
+        condition.get("type") == "Ready" and condition.get("status") == "True"
+        for condition in _items(status.get("conditions"))
+    )
+    labels = {str(key): str(value) for key, value in _mapping(metadata.get("labels")).items()}
+    return NodeView(name=str(metadata.get("name", "")), labels=labels, ready=ready)
+
+
+def _parse_each(model: type[_Model], value: Any) -> tuple[list[_Model], bool]:
+    parsed: list[_Model] = []
+    complete = True
+    for item in _items(value):
+        try:
+            parsed.append(model.model_validate(item))
+        except ValidationError:
+            complete = False
+    return parsed, complete
+
+
+def _parse_report(value: Any) -> NodeEnergyStatus | None:
+    if not isinstance(value, Mapping) or not value:
+        return None
+    try:
+        return NodeEnergyStatus.model_validate(value)
+    except ValidationError:
+        pass  # an agent of another version: keep the entries that are understood
+    generation = value.get("observedGeneration")
+    reported_at = value.get("reportedAt")
+    return NodeEnergyStatus(
+        observed_generation=generation if isinstance(generation, int) else 0,
+        reported_at=reported_at if isinstance(reported_at, str) else None,
+        phase="Stopping" if value.get("phase") == "Stopping" else "Running",
+        gpus=_parse_each(GpuStatus, value.get("gpus"))[0],
+        instances=_parse_each(InstanceStatus, value.get("instances"))[0],
+    )
+
+
+def parse_node_energy(body: Json) -> NodeEnergyView:
+    """Return the projection of a NodeEnergy."""
+    metadata = _mapping(body.get("metadata"))
+    orders, readable = _parse_each(Order, _mapping(body.get("spec")).get("orders"))
+    return NodeEnergyView(
+        name=str(metadata.get("name", "")),
+        uid=str(metadata.get("uid", "")),
+        generation=int(metadata.get("generation") or 0),
+        orders=tuple(sorted(orders, key=lambda order: order.pod_uid)),
+        readable=readable,
+        status=_parse_report(body.get("status")),
+    )
+
+
+def parse_profile(body: Json) -> ClockProfileSpec | None:
+    """Return the rows of a ClockProfile, or None when they are not understood."""
+    try:
+        return ClockProfileSpec.model_validate(body.get("spec"))
+    except ValidationError:
+        return None
