@@ -167,17 +167,19 @@ struct sim_state {
     uint32_t gpu_count;
     uint32_t session_generation;
     uint64_t node_heartbeat_ns;
+    char node_name[256];
     struct sim_fault faults[16];
     struct sim_gpu gpus[16];
 };
-_Static_assert(sizeof(struct sim_state) == 28448, "size of sim_state");
+_Static_assert(sizeof(struct sim_state) == 28704, "size of sim_state");
 _Static_assert(offsetof(struct sim_state, magic) == 0, "offset of sim_state.magic");
 _Static_assert(offsetof(struct sim_state, version) == 8, "offset of sim_state.version");
 _Static_assert(offsetof(struct sim_state, size) == 12, "offset of sim_state.size");
 _Static_assert(offsetof(struct sim_state, gpu_count) == 16, "offset of sim_state.gpu_count");
 _Static_assert(offsetof(struct sim_state, session_generation) == 20, "offset of sim_state.session_generation");
 _Static_assert(offsetof(struct sim_state, node_heartbeat_ns) == 24, "offset of sim_state.node_heartbeat_ns");
-_Static_assert(offsetof(struct sim_state, faults) == 32, "offset of sim_state.faults");
-_Static_assert(offsetof(struct sim_state, gpus) == 1184, "offset of sim_state.gpus");
+_Static_assert(offsetof(struct sim_state, node_name) == 32, "offset of sim_state.node_name");
+_Static_assert(offsetof(struct sim_state, faults) == 288, "offset of sim_state.faults");
+_Static_assert(offsetof(struct sim_state, gpus) == 1440, "offset of sim_state.gpus");
 
 #endif

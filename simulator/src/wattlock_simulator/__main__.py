@@ -86,7 +86,8 @@ def _truth_arguments(parser: argparse.ArgumentParser) -> None:
 def _control_arguments(parser: argparse.ArgumentParser) -> None:
     _directory(parser)
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("show", help="the GPUs as a table")
+    shown = actions.add_parser("show", help="the GPUs as a table")
+    shown.add_argument("--json", action="store_true", help="as JSON, for programs")
     reload_parser = actions.add_parser("reload", help="driver reload: locks gone, counters restart")
     reload_parser.add_argument("--end-sessions", action="store_true", help="open NVML sessions die as well")
     actions.add_parser("clear-faults", help="end all injected faults")

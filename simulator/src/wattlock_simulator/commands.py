@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 
-from wattlock_simulator import control, driver, layout, physics, state
+from wattlock_simulator import control, driver, layout, physics, show, state
 from wattlock_simulator.device_plugin import DevicePlugin, PluginSettings
 from wattlock_simulator.node import Node
 from wattlock_simulator.physics import Phase, Workload
@@ -117,7 +117,8 @@ def control_gpus(options: argparse.Namespace) -> int:
     """Does one thing to the GPUs."""
     with StateFile.open(options.directory) as file:
         if options.action == "show":
-            sys.stdout.write(control.table(file) + "\n")
+            shown = show.describe(file)
+            sys.stdout.write((json.dumps(shown) if options.json else show.table(shown)) + "\n")
         elif options.action == "reload":
             control.reload_driver(file, end_sessions=options.end_sessions)
         elif options.action == "clear-faults":

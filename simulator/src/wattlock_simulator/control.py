@@ -115,28 +115,6 @@ def foreign_unlock(file: StateFile, gpu: layout.Gpu) -> None:
     _log_write(file.directory, gpu, "nvmlDeviceResetGpuLockedClocks", [])
 
 
-def table(file: StateFile) -> str:
-    """The GPUs as a table for people."""
-    lines = [f"{'GPU':<42} {'MHZ':>5} {'LOCK':>9} {'W':>6} {'LIMIT':>6} {'C':>3} {'REASONS':>7} WORKLOAD"]
-    for gpu in file.gpus:
-        sensors, lock_range = state.read_sensors(gpu), gpu.request.lock_range_mhz
-        lock = f"{lock_range >> 32}-{lock_range & 0xFFFFFFFF}" if lock_range else "-"
-        slot = gpu.workload
-        work = "-"
-        if slot.architecture:
-            phase = state.PHASES.get(slot.phase, "-") if slot.batch > 0 else "idle"
-            work = f"{state.ARCHITECTURES.get(slot.architecture, '?')} {phase} {slot.batch:.1f} x {slot.context:g}"
-        flags = " MIG" if gpu.condition.mig_current else ""
-        flags += "".join(f" fault:{f.function.decode()}={f.code}" for f in gpu.faults if f.remaining)
-        lines.append(
-            f"{gpu.identity.uuid.decode():<42} {sensors.sm_mhz:>5} {lock:>9} {sensors.power_average_mw / 1000:>6.1f} "
-            f"{gpu.request.power_limit_mw / 1000:>6.0f} {sensors.temperature_celsius:>3} {sensors.reasons:>#7x} "
-            f"{work}{flags}"
-        )
-    lines += [f"fault on all: {f.function.decode()}={f.code}" for f in file.state.faults if f.remaining]
-    return "\n".join(lines)
-
-
 def _log_write(directory: Path, gpu: layout.Gpu, function: str, arguments: list[int]) -> None:
     """Appends to the write log in the format of the library (``driver/audit.c``)."""
     line = {

@@ -145,6 +145,7 @@ class State(ctypes.Structure):
         ("gpu_count", ctypes.c_uint32),
         ("session_generation", ctypes.c_uint32),
         ("node_heartbeat_ns", ctypes.c_uint64),
+        ("node_name", ctypes.c_char * 256),
         ("faults", Fault * MAX_FAULTS),
         ("gpus", Gpu * MAX_GPUS),
     )

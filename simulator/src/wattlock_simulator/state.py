@@ -115,6 +115,7 @@ class StateFile:
             ctypes.memset(ctypes.addressof(state), 0, ctypes.sizeof(layout.State))
         for index in range(gpus):
             _identify(state.gpus[index], node_name, product, index)
+        state.node_name = node_name.encode()
         state.version, state.size, state.gpu_count = layout.VERSION, ctypes.sizeof(layout.State), gpus
         state.magic = layout.MAGIC  # last: without it no client takes the file for a driver
         return file

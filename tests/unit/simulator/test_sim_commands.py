@@ -97,6 +97,20 @@ def test_control_does_to_the_gpus_what_it_says(simulated, capsys):
     assert gpu.sensors.sm_mhz == 345
 
 
+def test_show_as_json_tells_what_no_nvml_call_can(simulated, capsys):
+    control(simulated, "lock", "--gpu", "1", "--max", "1200")
+    control(simulated, "workload", "--gpu", "1")
+    simulated.step(1.0)
+    capsys.readouterr()
+    assert control(simulated, "show", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    free, locked = shown["gpus"]
+    assert shown["node"] == free["node"] == "node-a"
+    assert (free["lock_mhz"], locked["lock_mhz"], locked["lock_min_mhz"]) == (None, 1200, 345)
+    assert (locked["uuid"], locked["sm_mhz"], locked["product"]) == (simulated.uuids[1], 1200, "H200")
+    assert (free["workload"], locked["workload"]["phase"]) == (None, "decode")
+
+
 def test_a_foreign_lock_is_in_the_write_log(simulated):
     control(simulated, "lock", "--gpu", "1", "--min", "345", "--max", "1200")
     control(simulated, "unlock", "--gpu", "1")
