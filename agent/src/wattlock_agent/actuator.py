@@ -172,6 +172,24 @@ class Actuator:
             self._lock(decision, lock, now_seconds, unix_seconds)
         return tried or bool(locks)
 
+    def release_all(self) -> None:
+        """Undo every lock that the journal knows, trying all of them.
+
+        Raises:
+            GpuError: at least one was not undone.
+            JournalError: at least one record was not removed.
+        """
+        failure: GpuError | JournalError | None = None
+        for uuid in self._journal.records():
+            try:
+                self._writer.reset(uuid)
+                self._journal.remove(uuid)
+                self._held.pop(uuid, None)
+            except (GpuError, JournalError) as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
     def _lock(self, decision: Decision, lock: Lock, now_seconds: float, unix_seconds: float) -> None:
         order = decision.order
         if order is None:

@@ -68,7 +68,7 @@ def check_lock(watch: LockWatch, reading: LockReading) -> tuple[LockWatch, Findi
         since_seconds = reading.at_seconds
     if reading.at_seconds - since_seconds < LOST_SECONDS:
         return LockWatch(since_seconds, reading.at_seconds, watch.losses), Finding.FINE
-    recent = tuple(at for at in watch.losses if reading.at_seconds - at < LOSSES_SECONDS) + (reading.at_seconds,)
+    recent = (*(at for at in watch.losses if reading.at_seconds - at < LOSSES_SECONDS), reading.at_seconds)
     if len(recent) >= MAX_LOSSES:
         return LockWatch(), Finding.CONFLICT
     return LockWatch(losses=recent), Finding.LOST

@@ -1,0 +1,312 @@
+"""The agent's state and the order in which things happen in one pass of its loop.
+
+No threads, no clock and no network here: events and times come in as values, GPUs and journal as Protocols, wishes
+(scrapes, questions to the kubelet, a status to write) go out as values. ``loop`` does the rest.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from wattlock_api.constants import GpuState, Mode, Reason
+from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
+
+from wattlock_agent import kube
+from wattlock_agent.actuator import Actuator, Writer
+from wattlock_agent.clock import Clock
+from wattlock_agent.clocks import step_mhz
+from wattlock_agent.driver_session import MAX_TRANSIENT, Scan
+from wattlock_agent.events import Event, HoldersSeen, ScrapeDone, ThreadFailed
+from wattlock_agent.gpu.base import GpuFault
+from wattlock_agent.instance import InstanceTrack
+from wattlock_agent.journal import Journal, JournalError, LockRecord
+from wattlock_agent.orders import InstanceKey, Orders, key_of
+from wattlock_agent.plan import Decision, GpuView, Refusal, World, orders_without_gpu, plan
+from wattlock_agent.staleness import Freshness, api_answered, lease_read, why_stale
+from wattlock_agent.track import GpuTrack
+from wattlock_agent.verify import Finding, backoff_seconds
+
+_log = logging.getLogger(__name__)
+
+HOLDERS_SECONDS = 5.0
+#: What the kubelet last said is followed for so long while it does not answer.
+HOLDERS_MAX_AGE_SECONDS = 30.0
+#: At the start: how long records wait for orders and holders before their GPUs are reset.
+START_SECONDS = 30.0
+#: A tick on new orders uses readings that are at most so old.
+SCAN_SECONDS = 0.5
+
+
+class Gpus(Writer, Protocol):
+    """The GPUs of the node."""
+
+    def scan(self, now_seconds: float) -> Scan:
+        """Read all of them."""
+
+
+class NoJournal:
+    """Stands in while the real journal cannot be had: nothing is recorded, so nothing can be locked."""
+
+    def __init__(self, problem: str) -> None:
+        """``problem`` says why, and what to check."""
+        self._problem = problem
+
+    def records(self) -> dict[str, LockRecord]:
+        """Return no records."""
+        return {}
+
+    def add(self, record: LockRecord) -> None:
+        """Refuse. Raises JournalError, always."""
+        raise JournalError(self._problem)
+
+    def remove(self, gpu_uuid: str) -> None:
+        """Do nothing: there is no record."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The agent at the end of a pass, for reports, metrics and readiness. Never changes."""
+
+    clock: Clock
+    scan: Scan
+    world: World
+    decisions: Mapping[str, Decision]
+    pods_without_gpu: Mapping[str, Refusal]
+    settled_generation: int
+    """Generation whose orders are all in force or refused with a reason."""
+
+
+class Agent:
+    """Everything that the agent knows."""
+
+    def __init__(self, mode: Mode, gpus: Gpus, journal: Journal, boot_id: str, clock: Clock) -> None:
+        self._mode = mode
+        self._gpus = gpus
+        self._boot_id = boot_id
+        self.actuator = Actuator(gpus, journal, boot_id)
+        self._started_seconds = clock.now_seconds
+        self._freshness = Freshness(api_seen_seconds=clock.now_seconds)
+        self._orders: Orders | None = None
+        self._orders_at_seconds = clock.now_seconds
+        self._holders = HoldersSeen(float("-inf"), None, "the kubelet has not been asked yet")
+        self._holders_asked_seconds = float("-inf")
+        self._holders_pending = False
+        self._scan = Scan(0, None)
+        self._scanned_at_seconds = float("-inf")
+        self._silent: dict[str, int] = defaultdict(int)
+        self._before: NodeEnergyStatus | None = None
+        self._settled_generation = 0
+        self.stopping = False
+        self.tracks: dict[str, GpuTrack] = {}
+        self.instances: dict[InstanceKey, InstanceTrack] = {}
+        self.outlook: Outlook | None = None
+
+    def handle(self, event: Event, clock: Clock) -> bool:
+        """Take in an event; returns whether the next pass should come at once."""
+        if isinstance(event, kube.OrdersSeen):
+            return self._new_orders(event, clock)
+        if isinstance(event, HoldersSeen):
+            return self._new_holders(event, clock)
+        if isinstance(event, ScrapeDone):
+            instance = self.instances.get(event.instance)
+            return instance is not None and instance.scraped(event.url, event.result, event.took_seconds, clock)
+        if isinstance(event, kube.LeaseSeen):
+            stale = bool(why_stale(self._freshness, clock.now_seconds))
+            self._freshness = lease_read(self._freshness, clock.now_seconds, event.renewal, event.age_seconds)
+            return stale
+        if isinstance(event, kube.ApiAnswered):
+            self._freshness = api_answered(self._freshness, clock.now_seconds)
+        elif isinstance(event, kube.StatusWritten):
+            if not event.problem or event.missing:
+                self._freshness = api_answered(self._freshness, clock.now_seconds)
+        elif isinstance(event, ThreadFailed):
+            raise event.error
+        return False
+
+    def open_journal(self, journal: Journal) -> None:
+        """Use the real journal from now on."""
+        self.actuator = Actuator(self._gpus, journal, self._boot_id)
+        self.actuator.drop_records_of_other_boots()
+
+    def holders_wanted(self, clock: Clock) -> bool:
+        """Return whether the kubelet is to be asked now; the caller then asks it."""
+        due = clock.now_seconds - self._holders_asked_seconds >= HOLDERS_SECONDS
+        if self._holders_pending or not due or not self._scan.gpus:
+            return False
+        self._holders_pending, self._holders_asked_seconds = True, clock.now_seconds
+        return True
+
+    def scrapes_wanted(self, clock: Clock) -> list[tuple[InstanceKey, str]]:
+        """Return the metrics pages that are to be read now; the caller then reads them."""
+        return [
+            (key, url) for key, instance in self.instances.items() if (url := instance.scrape_wanted(clock)) is not None
+        ]
+
+    def seconds_to_next_scrape(self, clock: Clock) -> float:
+        """Return how long it is until a metrics page is due (at least 0)."""
+        return min((instance.seconds_to_scrape(clock) for instance in self.instances.values()), default=60.0)
+
+    def tick(self, clock: Clock) -> None:
+        """Read, plan, write, and note what came of it.
+
+        Raises:
+            DriverMismatchError: library and driver differ.
+        """
+        if clock.now_seconds - self._scanned_at_seconds >= SCAN_SECONDS:
+            self._read(clock)
+        world = self._world(clock)
+        decisions = plan(world)
+        if self.actuator.apply(decisions, clock.now_seconds, clock.unix_seconds):
+            world = self._world(clock)
+            decisions = plan(world)
+        without_gpu = orders_without_gpu(world)
+        self._note(clock, decisions)
+        if self._orders is not None and self._is_settled(world, decisions):
+            self._settled_generation = self._orders.generation
+        self.outlook = Outlook(clock, self._scan, world, decisions, without_gpu, self._settled_generation)
+
+    def previous_gpu(self, uuid: str) -> GpuStatus | None:
+        """Return what an earlier agent reported about a GPU."""
+        return next((gpu for gpu in self._before.gpus if gpu.uuid == uuid), None) if self._before else None
+
+    def _previous_instance(self, key: InstanceKey) -> InstanceStatus | None:
+        return next((each for each in self._before.instances if each.key == key.text), None) if self._before else None
+
+    def _new_orders(self, event: kube.OrdersSeen, clock: Clock) -> bool:
+        self._freshness = api_answered(self._freshness, clock.now_seconds)
+        if event.status is not None and self._before is None:
+            try:
+                self._before = NodeEnergyStatus.model_validate(event.status)
+            except ValueError as error:
+                _log.warning("the status of an earlier agent cannot be read, statistics begin anew: %.300s", error)
+        if event.orders == self._orders:
+            return False
+        self._orders = event.orders
+        self._orders_at_seconds = clock.now_seconds
+        self._holders_asked_seconds = float("-inf")
+        self.actuator.orders_changed(event.orders.orders)
+        self._follow_instances(event.orders, clock)
+        return True
+
+    def _follow_instances(self, orders: Orders, clock: Clock) -> None:
+        """Keep one track for each instance that has orders."""
+        by_instance: dict[InstanceKey, list[Order]] = defaultdict(list)
+        for order in orders.orders:
+            by_instance[key_of(order)].append(order)
+        for key in self.instances.keys() - by_instance.keys():
+            del self.instances[key]
+        for key, group in by_instance.items():
+            if key not in self.instances:
+                self.instances[key] = InstanceTrack(key, self._previous_instance(key), clock)
+            self.instances[key].follow(group, clock)
+
+    def _new_holders(self, event: HoldersSeen, clock: Clock) -> bool:
+        self._holders_pending = False
+        if event.holders is None:
+            if self._holders.holders is None or event.problem != self._holders.problem:
+                _log.warning("holders: %s", event.problem)
+            self._holders = replace(self._holders, problem=event.problem)
+            return False
+        changed = event.holders != self._holders.holders or self._holders.asked_at_seconds < self._orders_at_seconds
+        self._holders = event
+        return changed
+
+    def _world(self, clock: Clock) -> World:
+        now_seconds = clock.now_seconds
+        holders_age_seconds = now_seconds - self._holders.asked_at_seconds
+        return World(
+            now_seconds=now_seconds,
+            unix_seconds=clock.unix_seconds,
+            mode=self._mode,
+            may_write=self._scan.may_write,
+            orders=self._orders,
+            stale=why_stale(self._freshness, now_seconds),
+            holders=self._holders.holders if holders_age_seconds <= HOLDERS_MAX_AGE_SECONDS else None,
+            holders_problem=self._holders.problem,
+            gpus=tuple(self._view(gpu.uuid) for gpu in self._scan.gpus),
+            holds={
+                key: hold
+                for key, instance in self.instances.items()
+                if (hold := instance.hold(now_seconds)) is not None
+            },
+            journal_problem=self.actuator.journal_problem(now_seconds),
+            starting=now_seconds - self._started_seconds < START_SECONDS,
+            stopping=self.stopping,
+        )
+
+    def _view(self, uuid: str) -> GpuView:
+        identity = next(gpu for gpu in self._scan.gpus if gpu.uuid == uuid)
+        error = self._scan.faults.get(uuid)
+        fault: Refusal | None = None
+        if error is not None and error.fault is GpuFault.GPU_LOST:
+            fault = Refusal(GpuState.LOST, Reason.GPU_LOST, str(error))
+        elif error is not None and self._silent[uuid] >= MAX_TRANSIENT:
+            fault = Refusal(GpuState.LOST, Reason.NVML_ERROR, str(error))
+        return self.actuator.view(identity, fault)
+
+    def _read(self, clock: Clock) -> None:
+        scan = self._gpus.scan(clock.now_seconds)
+        self._scanned_at_seconds = clock.now_seconds
+        reopened = scan.session != self._scan.session and scan.driver is not None
+        self._scan = scan
+        if reopened:
+            self.actuator.driver_reopened()
+            for track in self.tracks.values():
+                track.meter.interrupt()
+        for gpu in scan.gpus:
+            if gpu.uuid in scan.readings:
+                self._silent.pop(gpu.uuid, None)
+                self._track(gpu.uuid, clock)
+            else:
+                self._silent[gpu.uuid] += 1
+                if scan.faults[gpu.uuid].fault is GpuFault.GPU_LOST:
+                    self.actuator.lock_lost(gpu.uuid, clock.now_seconds)
+
+    def _track(self, uuid: str, clock: Clock) -> None:
+        """Add the reading to what is known of the GPU, and act on what it says about our lock."""
+        decision = self.outlook.decisions.get(uuid) if self.outlook else None
+        holder_uid = decision.order.pod_uid if decision and decision.order else ""
+        if uuid not in self.tracks or self.tracks[uuid].holder_uid != holder_uid:
+            self.tracks[uuid] = GpuTrack(holder_uid, self.previous_gpu(uuid))
+        view = self._view(uuid)
+        age_seconds = self.actuator.lock_age_seconds(uuid, clock.now_seconds)
+        cap_mhz = view.lock.cap_mhz if view.lock else None
+        step = step_mhz(view.identity.supported_clocks_mhz, cap_mhz) if cap_mhz is not None else 1
+        track = self.tracks[uuid]
+        finding, restarted = track.add(self._scan.readings[uuid], cap_mhz, step, age_seconds)
+        if restarted and cap_mhz is not None:
+            _log.warning("gpu=%s energy counter went back: driver reload or GPU reset, locking again", uuid)
+            self.actuator.lock_lost(uuid, clock.now_seconds)
+        elif finding is Finding.LOST:
+            wait_seconds = backoff_seconds(track.watch)
+            _log.warning("gpu=%s runs above %s MHz under load: lock lost, again in %.0f s", uuid, cap_mhz, wait_seconds)
+            self.actuator.lock_lost(uuid, clock.now_seconds + wait_seconds)
+        elif finding is Finding.CONFLICT and decision is not None and decision.order is not None:
+            message = (
+                f"ran above {cap_mhz} MHz under load three times within ten minutes although locked: another program "
+                "sets its clock (nvidia-smi -lgc or -rgc, DCGM?). Stop that one, then change the policy to try again"
+            )
+            _log.error("gpu=%s %s", uuid, message)
+            self.actuator.give_up(uuid, decision.order, message)
+
+    def _note(self, clock: Clock, decisions: Mapping[str, Decision]) -> None:
+        """Tell each instance how its GPUs stand."""
+        by_instance: dict[InstanceKey, list[Decision]] = defaultdict(list)
+        for decision in decisions.values():
+            if decision.order is not None:
+                by_instance[key_of(decision.order)].append(decision)
+        for key, instance in self.instances.items():
+            mine = by_instance[key]
+            tracks = {each.uuid: self.tracks[each.uuid] for each in mine if each.uuid in self.tracks}
+            instance.ticked(clock, mine, tracks)
+
+    def _is_settled(self, world: World, decisions: Mapping[str, Decision]) -> bool:
+        """Whether nothing is left to do for the present orders; needs the kubelet's word from after they came."""
+        if not all(decision.settled for decision in decisions.values()):
+            return False
+        if not self._scan.gpus:  # no driver: all is refused, but a lock of before may still be there
+            return not self.actuator.records()
+        heard = self._holders.asked_at_seconds >= self._orders_at_seconds
+        return heard or (world.holders is None and not world.starting)

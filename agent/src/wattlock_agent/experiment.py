@@ -1,0 +1,288 @@
+"""Judges epochs and pairs them: the sufficient statistics of capped against released, for one instance. Pure.
+
+An epoch is measured from the first scrape at least three seconds after its start to the last scrape before its end;
+tokens and joules are taken at exactly the times of these scrapes. For each pair of neighbouring epochs with different
+arms the log ratios log(cap) - log(control) of joules per token, tokens per second and inter-token latency are added
+up with their squares. The operator turns the sums of all instances into an estimate with its interval.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from wattlock_api.base import decimal_string
+from wattlock_api.nodeenergy import ArmTotals, DroppedEpochs, InstanceStatus, Moments, PairStats
+from wattlock_api.schedule import Arm, Experiment, arm_of, epoch_at, epoch_start_seconds, pair_of
+
+from wattlock_agent.clock import Clock
+
+#: What happens so soon after a switch is not measured: the clock, the power and the batch settle.
+SETTLE_SECONDS = 3.0
+#: The last scrape of an epoch is made so long before its end.
+END_MARGIN_SECONDS = 0.3
+SCRAPE_SECONDS = 5.0
+MIN_SAMPLES_SHARE = 0.8
+#: Share of the window under thermal, brake or reliability limiters from which on an epoch is dropped. The power cap is
+#: no reason: that a lower clock keeps the GPU off its power limit is part of its effect.
+MAX_LIMITED_SHARE = 0.05
+#: Energy is interpolated between readings, so the last sample of an epoch is complete only after its end.
+_CLOSE_SECONDS = 4.0
+_MAX_CLOCK_STEP_SECONDS = 0.5
+_MAX_CAPS = 15
+
+
+class Drop(StrEnum):
+    """Why an epoch is not used; the values are the fields of DroppedEpochs."""
+
+    RESTART = "restart"
+    LIMITER = "limiter"
+    NO_TOKENS = "no_tokens"
+    SAMPLES = "samples"
+    NOT_APPLIED = "not_applied"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scrape and the energy of the instance's GPUs at its time."""
+
+    unix_seconds: float
+    generated_tokens: float
+    latency_sum_seconds: float | None
+    latency_count: float | None
+    joules: float
+    lives: tuple[object, ...]
+    """Changes with every restart of the engine or of an energy counter, and with the set of GPUs."""
+    hot_seconds: float
+    """Time so far under limiters that spoil a comparison, summed over the GPUs."""
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What was measured in an epoch."""
+
+    seconds: float
+    joules: float
+    generated_tokens: float
+    mean_latency_seconds: float | None
+
+
+@dataclass
+class _Open:
+    samples: list[Sample] = field(default_factory=list)
+    as_asked: bool = True
+
+
+@dataclass
+class _Sums:
+    pairs: int = 0
+    energy: tuple[float, float] = (0.0, 0.0)
+    throughput: tuple[float, float] = (0.0, 0.0)
+    latency_pairs: int = 0
+    latency: tuple[float, float] = (0.0, 0.0)
+
+
+def judge_epoch(experiment: Experiment, epoch: int, samples: Sequence[Sample], as_asked: bool) -> EpochResult | Drop:
+    """Return what was measured in the epoch, or why it cannot be used."""
+    start = epoch_start_seconds(experiment, epoch)
+    inside = sorted(
+        (each for each in samples if start + SETTLE_SECONDS <= each.unix_seconds < start + experiment.epoch_seconds),
+        key=lambda each: each.unix_seconds,
+    )
+    if not as_asked:
+        return Drop.NOT_APPLIED
+    if any(each.lives != inside[0].lives for each in inside):
+        return Drop.RESTART
+    window_seconds = experiment.epoch_seconds - SETTLE_SECONDS - END_MARGIN_SECONDS
+    expected = 2 + int(window_seconds // SCRAPE_SECONDS)
+    if len(inside) < MIN_SAMPLES_SHARE * expected:
+        return Drop.SAMPLES
+    first, last = inside[0], inside[-1]
+    seconds = last.unix_seconds - first.unix_seconds
+    if seconds < MIN_SAMPLES_SHARE * window_seconds:
+        return Drop.SAMPLES
+    if last.hot_seconds - first.hot_seconds > MAX_LIMITED_SHARE * seconds:
+        return Drop.LIMITER
+    tokens, joules = last.generated_tokens - first.generated_tokens, last.joules - first.joules
+    if tokens <= 0 or joules <= 0:
+        return Drop.NO_TOKENS
+    return EpochResult(seconds, joules, tokens, _mean_latency_seconds(first, last))
+
+
+def _mean_latency_seconds(first: Sample, last: Sample) -> float | None:
+    counts, sums = (first.latency_count, last.latency_count), (first.latency_sum_seconds, last.latency_sum_seconds)
+    if counts[0] is None or counts[1] is None or sums[0] is None or sums[1] is None:
+        return None
+    count, total = counts[1] - counts[0], sums[1] - sums[0]
+    return total / count if count > 0 and total > 0 else None
+
+
+class Switchback:
+    """The experiment of one instance: open epochs, and sums over the closed ones."""
+
+    def __init__(self, before: InstanceStatus | None = None) -> None:
+        """``before``: the statistics that an earlier agent reported; they go on from there."""
+        self._experiment: Experiment | None = None
+        self._instance = ""
+        self._cap_mhz = 0
+        self._open: dict[int, _Open] = {}
+        self._results: dict[int, EpochResult] = {}
+        self._offset_seconds: float | None = None
+        self._dropped = dict.fromkeys(Drop, 0)
+        self._arms: dict[int, tuple[float, float, float]] = {}
+        self._sums: dict[int, _Sums] = {}
+        if before is not None:
+            self._restore(before)
+
+    def configure(self, experiment: Experiment | None, instance: str, cap_mhz: int | None) -> None:
+        """Follow this schedule with this cap from now on; ``None``: there is no experiment.
+
+        A change spoils the epochs that are open, without counting them as dropped.
+        """
+        if cap_mhz is None:
+            experiment = None
+        if (experiment, instance, cap_mhz or 0) == (self._experiment, self._instance, self._cap_mhz):
+            return
+        self._experiment, self._instance, self._cap_mhz = experiment, instance, cap_mhz or 0
+        self._open.clear()
+        self._results.clear()
+
+    def next_scrape_unix_seconds(self, after_unix_seconds: float) -> float | None:
+        """Return the first time after the given one at which the schedule needs a scrape."""
+        if self._experiment is None:
+            return None
+        start = epoch_start_seconds(self._experiment, epoch_at(self._experiment, after_unix_seconds))
+        length = self._experiment.epoch_seconds
+        times = (start + SETTLE_SECONDS, start + length - END_MARGIN_SECONDS, start + length + SETTLE_SECONDS)
+        return next(time for time in times if time > after_unix_seconds)
+
+    def note(self, clock: Clock, as_asked: bool) -> list[float]:
+        """Note whether the GPUs are now as the schedule asks, and close the epochs that are over.
+
+        Returns:
+            The log throughput ratio of each pair that is complete now.
+        """
+        if self._experiment is None:
+            return []
+        stepped = self._offset_seconds is not None and (
+            abs(clock.offset_seconds - self._offset_seconds) > _MAX_CLOCK_STEP_SECONDS
+        )
+        self._offset_seconds = clock.offset_seconds
+        epoch = epoch_at(self._experiment, clock.unix_seconds)
+        into_seconds = clock.unix_seconds - epoch_start_seconds(self._experiment, epoch)
+        if epoch not in self._open:
+            # Began before we looked: it cannot be known that the GPUs were as asked all along.
+            self._open[epoch] = _Open(as_asked=into_seconds <= SETTLE_SECONDS)
+        if stepped:
+            for each in self._open.values():
+                each.as_asked = False
+        if into_seconds > SETTLE_SECONDS and not as_asked:
+            self._open[epoch].as_asked = False
+        return self._close(clock.unix_seconds)
+
+    def add(self, sample: Sample) -> None:
+        """Add a scrape. One that belongs to no open epoch is left out."""
+        if self._experiment is not None:
+            current = self._open.get(epoch_at(self._experiment, sample.unix_seconds))
+            if current is not None:
+                current.samples.append(sample)
+
+    def arms(self) -> list[ArmTotals]:
+        """Return the sums by arm; cap 0 is the control arm."""
+        return [
+            ArmTotals(
+                cap_mhz=cap_mhz,
+                seconds=decimal_string(seconds, 3),
+                joules=decimal_string(joules, 1),
+                generated_tokens=decimal_string(tokens, 0),
+            )
+            for cap_mhz, (seconds, joules, tokens) in self._arms.items()
+        ]
+
+    def pair_stats(self) -> list[PairStats]:
+        """Return the statistics of the pairs, by cap."""
+        return [
+            PairStats(
+                cap_mhz=cap_mhz,
+                pairs=sums.pairs,
+                energy=_moments(sums.energy),
+                throughput=_moments(sums.throughput),
+                latency_pairs=sums.latency_pairs,
+                latency=_moments(sums.latency),
+            )
+            for cap_mhz, sums in self._sums.items()
+        ]
+
+    def dropped(self) -> DroppedEpochs:
+        """Return how many epochs were not used, by cause."""
+        return DroppedEpochs(**{drop.value: count for drop, count in self._dropped.items()})
+
+    def _close(self, unix_seconds: float) -> list[float]:
+        ratios: list[float] = []
+        experiment = self._experiment
+        if experiment is None:
+            return ratios
+        for epoch in sorted(self._open):
+            end = epoch_start_seconds(experiment, epoch) + experiment.epoch_seconds
+            if unix_seconds < end + _CLOSE_SECONDS:
+                continue
+            closing = self._open.pop(epoch)
+            result = judge_epoch(experiment, epoch, closing.samples, closing.as_asked)
+            if isinstance(result, Drop):
+                self._dropped[result] += 1
+                continue
+            cap_mhz = 0 if arm_of(experiment, self._instance, epoch) is Arm.CONTROL else self._cap_mhz
+            seconds, joules, tokens = self._arms.pop(cap_mhz, (0.0, 0.0, 0.0))
+            self._arms[cap_mhz] = (seconds + result.seconds, joules + result.joules, tokens + result.generated_tokens)
+            self._results[epoch] = result
+            pair = pair_of(experiment, self._instance, epoch)
+            if pair.cap in self._results and pair.control in self._results:
+                ratios.append(self._add_pair(self._results.pop(pair.cap), self._results.pop(pair.control)))
+            self._results = {each: kept for each, kept in self._results.items() if epoch - each <= 2}
+        self._bound()
+        return ratios
+
+    def _add_pair(self, cap: EpochResult, control: EpochResult) -> float:
+        sums = self._sums.pop(self._cap_mhz, None) or _Sums()
+        self._sums[self._cap_mhz] = sums  # at the end: the newest is forgotten last
+        sums.pairs += 1
+        sums.energy = _plus(
+            sums.energy,
+            math.log(cap.joules / cap.generated_tokens) - math.log(control.joules / control.generated_tokens),
+        )
+        throughput = math.log(cap.generated_tokens / cap.seconds) - math.log(control.generated_tokens / control.seconds)
+        sums.throughput = _plus(sums.throughput, throughput)
+        if cap.mean_latency_seconds is not None and control.mean_latency_seconds is not None:
+            sums.latency_pairs += 1
+            sums.latency = _plus(
+                sums.latency, math.log(cap.mean_latency_seconds) - math.log(control.mean_latency_seconds)
+            )
+        return throughput
+
+    def _bound(self) -> None:
+        while len(self._sums) > _MAX_CAPS:
+            del self._sums[next(iter(self._sums))]
+        while len(self._arms) > _MAX_CAPS:
+            del self._arms[next(cap for cap in self._arms if cap)]
+
+    def _restore(self, before: InstanceStatus) -> None:
+        for drop in Drop:
+            self._dropped[drop] = getattr(before.dropped, drop.value)
+        for arm in before.arms:
+            self._arms[arm.cap_mhz] = (float(arm.seconds), float(arm.joules), float(arm.generated_tokens))
+        for stats in before.pair_stats:
+            self._sums[stats.cap_mhz] = _Sums(
+                stats.pairs,
+                (float(stats.energy.total), float(stats.energy.squares)),
+                (float(stats.throughput.total), float(stats.throughput.squares)),
+                stats.latency_pairs,
+                (float(stats.latency.total), float(stats.latency.squares)),
+            )
+
+
+def _plus(sums: tuple[float, float], value: float) -> tuple[float, float]:
+    return sums[0] + value, sums[1] + value * value
+
+
+def _moments(sums: tuple[float, float]) -> Moments:
+    return Moments(total=decimal_string(sums[0], 9), squares=decimal_string(sums[1], 9))

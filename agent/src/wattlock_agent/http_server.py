@@ -1,0 +1,87 @@
+"""Serves /metrics, /healthz and /readyz from the newest snapshot."""
+
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
+from wattlock_agent.metrics import SnapshotBoard, make_registry
+
+#: Without a pass of the loop for so long the agent counts as dead.
+HEARTBEAT_SECONDS = 15.0
+_REQUEST_TIMEOUT_SECONDS = 5
+_MAX_REQUESTS = 8
+
+
+class AgentServer(ThreadingHTTPServer):
+    """The HTTP server. Ready and alive are judged by the loop's snapshot, never by whether /metrics works."""
+
+    daemon_threads = True
+
+    def __init__(
+        self, address: tuple[str, int], board: SnapshotBoard, monotonic_seconds: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Bind; port 0 takes any free one. Raises OSError when the port is taken."""
+        super().__init__(address, _Handler)
+        self.board = board
+        self.registry: CollectorRegistry = make_registry(board)
+        self.monotonic_seconds = monotonic_seconds
+        self._slots = threading.BoundedSemaphore(_MAX_REQUESTS)
+
+    def start(self) -> None:
+        """Serve in a thread of its own."""
+        threading.Thread(target=self.serve_forever, name="http", daemon=True).start()
+
+    def process_request(self, request: object, client_address: object) -> None:
+        """Serve a request in a thread; more than eight at a time are turned away."""
+        if not self._slots.acquire(blocking=False):
+            self.shutdown_request(request)  # type: ignore[arg-type]
+            return
+        super().process_request(request, client_address)  # type: ignore[arg-type]
+
+    def process_request_thread(self, request: object, client_address: object) -> None:
+        """Serve one request, then free its slot."""
+        try:
+            super().process_request_thread(request, client_address)  # type: ignore[arg-type]
+        finally:
+            self._slots.release()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Ignore clients that went away."""
+
+    def answer(self, path: str) -> tuple[int, str, bytes]:
+        """Return status, content type and body for a path."""
+        text = "text/plain; charset=utf-8"
+        snapshot = self.board.snapshot
+        if path == "/metrics":
+            return 200, CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self.registry)
+        if path == "/healthz":
+            age_seconds = self.monotonic_seconds() - snapshot.at_seconds
+            alive = age_seconds < HEARTBEAT_SECONDS
+            return (200 if alive else 503), text, f"last pass {age_seconds:.1f} s ago\n".encode()
+        if path == "/readyz":
+            if snapshot.ready:
+                return 200, text, b"every order is in force or refused with a reason\n"
+            return 503, text, f"not yet: {snapshot.status.agent.message or 'orders wait to be carried out'}\n".encode()
+        return 404, text, b"try /metrics, /healthz or /readyz\n"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: AgentServer
+    timeout = _REQUEST_TIMEOUT_SECONDS
+    server_version = "wattlock-agent"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        status, content_type, body = self.server.answer(self.path.partition("?")[0])
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Write no access log."""

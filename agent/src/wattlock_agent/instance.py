@@ -1,0 +1,307 @@
+"""One serving instance on this node: its scrapes, its work, its experiment, and what holds it released. Pure."""
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from wattlock_api.base import decimal_string
+from wattlock_api.constants import GpuState, Mode, Reason, Role
+from wattlock_api.nodeenergy import InstanceStatus, Order
+
+from wattlock_agent import evidence, guardrail
+from wattlock_agent.clock import Clock
+from wattlock_agent.experiment import SCRAPE_SECONDS, Sample, Switchback
+from wattlock_agent.orders import InstanceKey
+from wattlock_agent.plan import Decision, Refusal
+from wattlock_agent.serving.base import ScrapeFailure, ServingCounters, difference, is_restart
+from wattlock_agent.track import WINDOW_SECONDS, GpuTrack
+
+_log = logging.getLogger(__name__)
+
+#: A page that took longer tells counters of an unknown time: not used by the experiment.
+MAX_TOOK_SECONDS = 1.0
+#: How long a scrape waits for the energy readings around it.
+_PENDING_SECONDS = 5.0
+_NEVER_SECONDS = float("-inf")
+
+
+@dataclass(frozen=True)
+class _Scrape:
+    counters: ServingCounters
+    unix_seconds: float
+    life: int
+    sharp: bool
+    """Whether the page came quickly enough to know its time."""
+
+
+class InstanceTrack:
+    """What is known of an instance over time."""
+
+    def __init__(self, key: InstanceKey, before: InstanceStatus | None, clock: Clock) -> None:
+        """``before``: what an earlier agent had reported of the same instance."""
+        self.key = key
+        self._orders: tuple[Order, ...] = ()
+        self._url: str | None = None
+        self._asked = Clock(_NEVER_SECONDS, _NEVER_SECONDS)
+        self._in_flight = False
+        self._confirm = False
+        self._life = 0
+        self._scrapes: deque[_Scrape] = deque(maxlen=32)
+        self._pending: deque[_Scrape] = deque(maxlen=32)
+        self._samples: deque[Sample] = deque(maxlen=32)
+        self._failure: ScrapeFailure | None = None
+        self._locked_since_seconds: float | None = None
+        self._joules = float(before.energy_joules) if before else 0.0
+        self._counted: dict[tuple[str, str], float] = {}
+        self._evidence = evidence.PromptEvidence()
+        self._guardrail = guardrail.GuardrailState(trips=before.guardrail_trips if before else 0)
+        self._restore_trip = before.guardrail_message if before and before.guardrail_tripped else ""
+        self.switchback = Switchback(before)
+        self.scrape_failures: dict[str, int] = {}
+
+    @property
+    def _order(self) -> Order:
+        return self._orders[0]
+
+    @property
+    def _enforced(self) -> bool:
+        order = self._order
+        return order.mode is Mode.ENFORCE and order.role is Role.DECODE and order.cap_mhz is not None
+
+    def follow(self, orders: Sequence[Order], clock: Clock) -> None:
+        """Follow these orders (at least one), all of this instance."""
+        before = self._orders
+        self._orders = tuple(sorted(orders, key=lambda order: (order.pod.namespace, order.pod.name)))
+        order = self._order
+        url = next((each.metrics_url for each in self._orders if each.metrics_url), None)
+        if url != self._url:
+            self._url = url
+            self._asked = Clock(_NEVER_SECONDS, _NEVER_SECONDS)
+            self._in_flight = False
+            self._forget_scrapes()
+        changed = before and (before[0].cap_mhz, before[0].guardrail) != (order.cap_mhz, order.guardrail)
+        if changed and order.cap_mhz is not None:
+            self._guardrail = guardrail.GuardrailState(trips=self._guardrail.trips)
+        if self._restore_trip and order.guardrail is not None:
+            # When it tripped is not known any more: the whole cool-down begins anew.
+            until = clock.now_seconds + order.guardrail.cooldown_seconds
+            self._guardrail = guardrail.GuardrailState(
+                tripped_until_seconds=until, message=self._restore_trip, trips=self._guardrail.trips
+            )
+        self._restore_trip = ""
+        if not self._enforced or order.experiment is None:
+            self.switchback.configure(None, order.instance, None)
+
+    def scrape_wanted(self, clock: Clock) -> str | None:
+        """Return the page to be read now, if one is due; the caller then reads it and calls ``scraped``."""
+        if self._url is None or self._in_flight or self.seconds_to_scrape(clock) > 0:
+            return None
+        self._asked, self._in_flight = clock, True
+        return self._url
+
+    def seconds_to_scrape(self, clock: Clock) -> float:
+        """Return how long it is until the next scrape: at least 0, a minute where there is nothing to read."""
+        if self._url is None or self._in_flight:
+            return 60.0
+        if self._asked.now_seconds == _NEVER_SECONDS:
+            return 0.0
+        wait_seconds = guardrail.CONFIRM_SECONDS if self._confirm else SCRAPE_SECONDS
+        due_seconds = self._asked.now_seconds + wait_seconds - clock.now_seconds
+        due_unix = self.switchback.next_scrape_unix_seconds(self._asked.unix_seconds)
+        if due_unix is not None:
+            due_seconds = min(due_seconds, due_unix - clock.unix_seconds)
+        return max(0.0, due_seconds)
+
+    def scraped(self, url: str, result: ServingCounters | ScrapeFailure, took_seconds: float, clock: Clock) -> bool:
+        """Take in a page; returns whether it changed what holds the instance released."""
+        if url != self._url:
+            return False
+        self._in_flight = False
+        self._confirm = False
+        if isinstance(result, ScrapeFailure):
+            if self._failure is None or self._failure.reason != result.reason:
+                _log.warning("instance=%s %s: %s", self.key.instance, result.reason, result.message)
+            self._failure = result
+            self.scrape_failures[result.reason] = self.scrape_failures.get(result.reason, 0) + 1
+            return False
+        self._failure = None
+        before = self._scrapes[-1] if self._scrapes else None
+        if before is not None and is_restart(before.counters, result):
+            _log.info("instance=%s the engine restarted", self.key.instance)
+            self._life += 1
+            self._evidence = evidence.restarted(self._evidence)
+            before = None
+        scrape = _Scrape(result, result.at_seconds + clock.offset_seconds, self._life, took_seconds <= MAX_TOOK_SECONDS)
+        self._scrapes.append(scrape)
+        self._pending.append(scrape)
+        held = self.hold(clock.now_seconds)
+        self._judge(before, result, clock)
+        return (self.hold(clock.now_seconds) is None) != (held is None)
+
+    def ticked(self, clock: Clock, decisions: Sequence[Decision], tracks: Mapping[str, GpuTrack]) -> None:
+        """Note how the instance's GPUs stand at the end of a pass."""
+        self._count_energy(tracks)
+        settled = bool(decisions) and all(decision.settled for decision in decisions)
+        locked = settled and all(decision.reason == Reason.LOCKED for decision in decisions)
+        control = settled and all(decision.reason == Reason.CONTROL_EPOCH for decision in decisions)
+        if not locked:
+            self._locked_since_seconds = None
+        elif self._locked_since_seconds is None:
+            self._locked_since_seconds = clock.now_seconds
+        requested = [decision.requested_mhz for decision in decisions if decision.requested_mhz is not None]
+        if self._enforced and self._order.experiment is not None and requested:
+            # The clock that is really asked of the GPUs, so that statistics and requestedMHz go together.
+            self.switchback.configure(self._order.experiment.experiment(), self._order.instance, min(requested))
+        self._resolve(clock, tracks)
+        for ratio in self.switchback.note(clock, locked or control):
+            if self._order.guardrail is not None:
+                before = self._guardrail.trips
+                self._guardrail = guardrail.throughput_pair(
+                    self._guardrail, self._order.guardrail, clock.now_seconds, ratio
+                )
+                self._log_trip(before)
+
+    def hold(self, now_seconds: float) -> Refusal | None:
+        """Return what holds the instance released, if anything does."""
+        if not self._orders or not self._enforced:
+            return None
+        if self._order.guardrail is not None and guardrail.is_tripped(self._guardrail, now_seconds):
+            return Refusal(GpuState.RELEASED, Reason.GUARDRAIL, self._guardrail.message)
+        text = evidence.computes_prompts(self._evidence, now_seconds)
+        return Refusal(GpuState.RELEASED, Reason.COMPUTES_PROMPTS, text) if text else None
+
+    @property
+    def guardrail_trips(self) -> int:
+        """Breaches so far."""
+        return self._guardrail.trips
+
+    def status(self, now_seconds: float, without_gpu: Refusal | None) -> InstanceStatus:
+        """Return the instance for the report; ``without_gpu``: why one of its pods has no GPU here."""
+        order = self._order
+        reason, message = "", ""
+        if without_gpu is not None:
+            reason, message = without_gpu.reason, without_gpu.message
+        elif self._url is None:
+            reason, message = Reason.NO_SERVING_METRICS, "no metrics address is known for its pods on this node"
+        elif self._failure is not None:
+            reason, message = self._failure.reason, self._failure.message
+        hold = self.hold(now_seconds)
+        tripped = hold is not None and hold.reason == Reason.GUARDRAIL
+        return InstanceStatus(
+            key=self.key.text,
+            policy_uid=self.key.policy_uid,
+            pool=order.pool,
+            instance=self.key.instance,
+            reason=reason,
+            message=message[:1000],
+            computes_prompts=hold is not None and hold.reason == Reason.COMPUTES_PROMPTS,
+            guardrail_tripped=tripped,
+            guardrail_message=self._guardrail.message if tripped else "",
+            guardrail_trips=self._guardrail.trips,
+            energy_joules=decimal_string(self._joules, 1),
+            arms=self.switchback.arms(),
+            pair_stats=self.switchback.pair_stats(),
+            dropped=self.switchback.dropped(),
+        ).model_copy(update=self._rates(now_seconds))
+
+    def _judge(self, before: _Scrape | None, result: ServingCounters, clock: Clock) -> None:
+        if result.computed_prompt_tokens is not None and result.generated_tokens is not None:
+            work = evidence.Work(result.at_seconds, result.computed_prompt_tokens, result.generated_tokens)
+            self._evidence = evidence.add_work(self._evidence, work)
+        bounds = self._order.guardrail
+        if before is None or bounds is None or not self._enforced:
+            return
+        since = self._locked_since_seconds
+        if since is None or since > before.counters.at_seconds:
+            return  # not locked through the whole window: what was slow is not known to be our doing
+        work_done = difference(before.counters, result)
+        total, count = work_done.inter_token_latency_sum_seconds, work_done.inter_token_latency_count
+        mean_seconds = total / count if total is not None and count else None
+        trips = self._guardrail.trips
+        self._guardrail = guardrail.latency_window(self._guardrail, bounds, clock.now_seconds, mean_seconds)
+        self._confirm = self._guardrail.suspicious
+        self._log_trip(trips)
+
+    def _log_trip(self, trips_before: int) -> None:
+        if self._guardrail.trips != trips_before:
+            _log.warning("instance=%s guardrail: %s", self.key.instance, self._guardrail.message)
+
+    def _forget_scrapes(self) -> None:
+        self._life += 1
+        self._scrapes.clear()
+        self._pending.clear()
+        self._samples.clear()
+        self._failure = None
+        self._evidence = evidence.restarted(self._evidence)
+
+    def _count_energy(self, tracks: Mapping[str, GpuTrack]) -> None:
+        counted: dict[tuple[str, str], float] = {}
+        for uuid, track in tracks.items():
+            key = (uuid, track.holder_uid)
+            counted[key] = track.meter.joules
+            self._joules += max(0.0, track.meter.joules - self._counted.get(key, track.meter.joules))
+        self._counted = counted
+
+    def _resolve(self, clock: Clock, tracks: Mapping[str, GpuTrack]) -> None:
+        """Join waiting scrapes with the energy at their time, once readings from before and after it are there."""
+        while self._pending:
+            scrape = self._pending[0]
+            at_seconds = scrape.counters.at_seconds
+            ready = bool(tracks) and all(track.meter.newest_seconds >= at_seconds for track in tracks.values())
+            if not ready and clock.now_seconds - at_seconds < _PENDING_SECONDS:
+                return
+            self._pending.popleft()
+            points = [track.meter.at(at_seconds) for track in tracks.values()]
+            tokens = scrape.counters.generated_tokens
+            if not ready or tokens is None or any(point is None for point in points):
+                continue
+            sample = Sample(
+                unix_seconds=scrape.unix_seconds,
+                generated_tokens=tokens,
+                latency_sum_seconds=scrape.counters.inter_token_latency_sum_seconds,
+                latency_count=scrape.counters.inter_token_latency_count,
+                joules=sum(point.joules for point in points if point is not None),
+                lives=(
+                    scrape.life,
+                    *sorted(
+                        (uuid, track.holder_uid, point.life)
+                        for (uuid, track), point in zip(tracks.items(), points, strict=True)
+                        if point is not None
+                    ),
+                ),
+                hot_seconds=sum(track.hot_seconds for track in tracks.values()),
+            )
+            self._samples.append(sample)
+            if scrape.sharp:
+                self.switchback.add(sample)
+
+    def _rates(self, now_seconds: float) -> dict[str, object]:
+        """Return the measurements over the last report interval."""
+        recent = [each for each in self._scrapes if each.life == self._life]
+        if not recent or now_seconds - recent[-1].counters.at_seconds > 2 * WINDOW_SECONDS:
+            return {}
+        newest = recent[-1].counters
+        window = [
+            each.counters for each in recent if newest.at_seconds - each.counters.at_seconds <= WINDOW_SECONDS + 1
+        ]
+        rates: dict[str, object] = {}
+        if newest.waiting_requests is not None:
+            rates["waiting_requests"] = int(newest.waiting_requests)
+        done = difference(window[0], newest)
+        if done.seconds <= 0:
+            return rates
+        if done.generated_tokens is not None:
+            rates["tokens_per_second"] = decimal_string(done.generated_tokens / done.seconds, 1)
+        if done.computed_prompt_tokens is not None:
+            rates["prompt_tokens_per_second"] = decimal_string(done.computed_prompt_tokens / done.seconds, 1)
+        if done.inter_token_latency_sum_seconds is not None and done.inter_token_latency_count:
+            mean_seconds = done.inter_token_latency_sum_seconds / done.inter_token_latency_count
+            rates["inter_token_latency_ms"] = decimal_string(1000 * mean_seconds, 3)
+        samples = [each for each in self._samples if each.lives == self._samples[-1].lives]
+        samples = [each for each in samples if samples[-1].unix_seconds - each.unix_seconds <= WINDOW_SECONDS + 1]
+        if len(samples) > 1 and samples[-1].generated_tokens > samples[0].generated_tokens:
+            joules = samples[-1].joules - samples[0].joules
+            tokens = samples[-1].generated_tokens - samples[0].generated_tokens
+            rates["joules_per_token"] = decimal_string(joules / tokens, 6)
+        return rates

@@ -1,0 +1,76 @@
+"""Threads for calls that may block: the loop itself never waits for a driver, the kubelet or a pod without a limit.
+
+They are daemon threads, so a call that hangs in the driver cannot keep the process from ending.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from wattlock_agent.driver_session import DriverSession, Scan
+
+Result = TypeVar("Result")
+
+#: The driver answers within milliseconds; one that takes so long hangs.
+GPU_TIMEOUT_SECONDS = 10.0
+
+
+class DriverHangsError(Exception):
+    """The driver did not answer in time."""
+
+
+class Workers:
+    """A few threads that take one job after the other."""
+
+    def __init__(self, name: str, threads: int = 1) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        for number in range(threads):
+            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True).start()
+
+    def submit(self, job: Callable[[], Result]) -> "Future[Result]":
+        """Run the job in one of the threads, after those that wait already."""
+        future: Future[Result] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def _serve(self) -> None:
+        while True:
+            future, job = self._jobs.get()
+            try:
+                future.set_result(job())
+            except BaseException as error:  # handed to whoever waits for it
+                future.set_exception(error)
+
+
+class GpuThread:
+    """All driver calls, from one thread as the driver wants it; each bounded in time."""
+
+    def __init__(self, session: DriverSession) -> None:
+        self._session = session
+        self._workers = Workers("gpu")
+
+    def scan(self, now_seconds: float) -> Scan:
+        """As DriverSession.scan."""
+        return self._call(lambda: self._session.scan(now_seconds))
+
+    def lock(self, uuid: str, low_mhz: int, high_mhz: int) -> None:
+        """As GpuDriver.lock."""
+        self._call(lambda: self._session.lock(uuid, low_mhz, high_mhz))
+
+    def reset(self, uuid: str) -> None:
+        """As GpuDriver.reset."""
+        self._call(lambda: self._session.reset(uuid))
+
+    def close(self) -> None:
+        """Let go of the driver."""
+        self._call(self._session.close)
+
+    def _call(self, job: Callable[[], Result]) -> Result:
+        try:
+            return self._workers.submit(job).result(GPU_TIMEOUT_SECONDS)
+        except TimeoutError:
+            raise DriverHangsError(
+                f"the NVIDIA driver has not answered for {GPU_TIMEOUT_SECONDS:.0f} s: see the node's kernel log (Xid)"
+            ) from None
