@@ -1,7 +1,7 @@
 """Carries a decision out: writes to the API server, only what differs, each failure told and tried again."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -130,10 +130,22 @@ class Applier:
         self._metrics.wrote(kind, verb)
         return True
 
-    def write_orders(self, node: str, orders: Iterable[Order]) -> bool:
+    def write_orders(self, node: str, orders: Sequence[Order]) -> bool:
         """Write the orders of a node."""
-        body = api.manifest("NodeEnergy", node) | {"spec": {"orders": [order.to_api() for order in orders]}}
-        return self._try("NodeEnergy", "apply", node, lambda: self._kube.apply(api.node_energy_path(node), body))
+        return self._try("NodeEnergy", "apply", node, partial(self._write_orders, node, orders))
+
+    def _write_orders(self, node: str, orders: Sequence[Order]) -> None:
+        path, body = api.node_energy_path(node), api.manifest("NodeEnergy", node)
+        if not orders:
+            # Applying an empty list over entries that we own removes spec itself, which the schema refuses.
+            try:
+                self._kube.merge(path, {"spec": {"orders": []}})
+            except KubeError as error:
+                if error.status != 404:
+                    raise
+                self._kube.request("POST", api.NODE_ENERGIES, body=body | {"spec": {}})
+            return
+        self._kube.apply(path, body | {"spec": {"orders": [order.to_api() for order in orders]}})
 
     def write_status(self, policy: PolicyView, status: EnergyPolicyStatus) -> bool:
         """Write the status of a policy: of that very object, not of a later one of its name."""
