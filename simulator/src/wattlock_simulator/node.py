@@ -16,6 +16,7 @@ from wattlock_simulator.state import StateFile
 _log = logging.getLogger(__name__)
 
 _LONGEST_STEP_SECONDS = 1.0
+_LONGEST_LEASE_NS = 60_000_000_000
 
 
 class Node:
@@ -75,7 +76,9 @@ class Node:
         gpu = self._gpus[index]
         request, condition, slot = gpu.request, gpu.condition, gpu.workload
         lock_range: int = request.lock_range_mhz
-        alive = slot.architecture != 0 and (slot.lease_until_ns == 0 or slot.lease_until_ns > self._monotonic_ns())
+        lease_ns = slot.lease_until_ns - self._monotonic_ns() if slot.lease_until_ns else _LONGEST_LEASE_NS
+        # A lease far ahead is one from before a reboot, when the monotonic clock was another.
+        alive = slot.architecture != 0 and 0 < lease_ns <= _LONGEST_LEASE_NS
         return Inputs(
             product=self._products[index],
             workload=self._workload(index) if alive else None,

@@ -335,6 +335,12 @@ def test_an_instance_that_died_leaves_an_idle_gpu(simulated, client):
     assert client.call("nvmlDeviceGetCurrentClocksEventReasons", gpu=uuid) == 1
 
 
+def test_a_workload_from_before_a_reboot_is_gone(simulated, client):
+    state.set_workload(simulated.file.gpus[0], DECODE, lease_until_ns=simulated.now_ns + 10**15)
+    simulated.step(1.0)
+    assert client.call("nvmlDeviceGetClockInfo", SM, gpu=simulated.uuids[0]) == 345
+
+
 def test_a_restarted_node_process_goes_on_with_energy_and_work(simulated, client):
     uuid = simulated.uuids[0]
     state.set_workload(simulated.file.gpus[0], DECODE)
