@@ -74,7 +74,8 @@ as() { printf -- '--%skubeconfig=%s\n' '' "$state/kubeconfigs/$1" authentication
 # Without --use-service-account-credentials its own role may not create ReplicaSets: Deployments stay at 0 and nothing says why.
 mapfile -t credentials < <(as kube-controller-manager)
 component kube-controller-manager "$programs/kube-controller-manager" "${credentials[@]}" --use-service-account-credentials \
-    --service-account-private-key-file="$state/pki/sa.key" --root-ca-file="$state/pki/ca.crt" --leader-elect=false --bind-address=127.0.0.1
+    --service-account-private-key-file="$state/pki/sa.key" --root-ca-file="$state/pki/ca.crt" --leader-elect=false --bind-address=127.0.0.1 \
+    --flex-volume-plugin-dir="$state/volumeplugins"
 if ((nodes > 0)); then
     mapfile -t credentials < <(as kube-scheduler)
     component kube-scheduler "$programs/kube-scheduler" "${credentials[@]}" --leader-elect=false --bind-address=127.0.0.1

@@ -34,7 +34,7 @@ lock_states() {
 }
 
 cluster_up() {
-    local running_nodes started programs
+    local running_nodes started programs store archive
     require_local_cluster_host
     started=$(uptime_seconds)
     install_packages "${BASIC_PACKAGES[@]}" "${CLUSTER_PACKAGES[@]}" || exit 1
@@ -60,8 +60,8 @@ cluster_up() {
     ln -s "$programs" "$state/programs"
     "$here/pki.sh" "$state" "wattlock-$name" "$nodes"
     if ((nodes > 0)); then
-        # The pause image sorts first and is small: no pod starts without it.
-        ln -s "$("$REPOSITORY/dev/images" --pause)" "$state/images/0-pause.tar"
+        store=$("$REPOSITORY/dev/images" --store)
+        ln -s "$store" "$state/store"
         while read -r archive; do ln -s "$(realpath "$archive")" "$state/images/$(basename "$archive")"; done < <("$REPOSITORY/dev/images" --list)
     fi
 
@@ -78,12 +78,12 @@ cluster_up() {
     touch "$state/ready"
     trap - INT TERM
     say "cluster $name is ready after $(seconds_since "$started") s. Try: dev/cluster kubectl --name $name get pods -A"
-    if ((nodes > 0)) && [[ -z $("$REPOSITORY/dev/images" --list) ]]; then
+    if ((nodes > 0)) && ! compgen -G "$state/images/*" >/dev/null; then
         say "  no images of Wattlock are built yet: dev/images builds them, dev/cluster load imports them"
     fi
 }
 
-# Waits for the API server, the nodes, the default ServiceAccount (often the last to appear) and the images.
+# Waits for the API server, the nodes and the default ServiceAccount (often the last to appear).
 wait_until_ready() {
     local deadline what='the namespaces' problem
     deadline=$(($(date +%s) + ${WATTLOCK_UP_TIMEOUT_SECONDS:-120}))
@@ -102,8 +102,6 @@ wait_until_ready() {
         cluster_run kubectl --request-timeout=5s get serviceaccount default >/dev/null 2>&1 || continue
         what='the nodes to be Ready'
         (($(cluster_run kubectl --request-timeout=5s get nodes --no-headers 2>/dev/null | grep -cw Ready) == nodes)) || continue
-        what='the import of the images'
-        (($(compgen -G "$state/node*/imported" | wc -l) == nodes)) || continue
         [[ ! -s $state/failed ]] || continue
         return 0
     done
@@ -178,7 +176,7 @@ cluster_run() {
     inner=$(inner_pid "$state") || die "cluster $name does not run: start it with: dev/cluster up --name $name"
     # No way out of the cluster's network: proxies cannot work, and uv must take what is installed.
     env -u http_proxy -u https_proxy -u HTTP_PROXY -u HTTPS_PROXY -u ALL_PROXY -u all_proxy \
-        KUBECONFIG="$state/kubeconfig" WATTLOCK_CLUSTER="$name" UV_OFFLINE=1 UV_NO_SYNC=1 \
+        KUBECONFIG="$state/kubeconfig" KUBECACHEDIR="$state/cache" HELM_CACHE_HOME="$state/cache" WATTLOCK_CLUSTER="$name" UV_OFFLINE=1 UV_NO_SYNC=1 \
         PATH="$state/programs:$PATH" \
         nsenter --target "$inner" --net -- "$@"
 }
