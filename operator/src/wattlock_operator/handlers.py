@@ -1,5 +1,7 @@
 """Kopf handlers: watch events go into the store; a deleted policy waits until its GPUs are released."""
 
+import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +54,12 @@ def register(store: Store, is_released: Callable[[str], bool]) -> kopf.OperatorR
 
     @kopf.on.login(registry=registry)
     async def login(**kwargs: Any) -> kopf.ConnectionInfo | None:
-        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+        in_cluster = kopf.login_with_service_account(**kwargs)
+        if in_cluster is None:
+            return kopf.login_with_kubeconfig(**kwargs)
+        # Kopf would ask DNS for kubernetes.default.svc; every other client takes the address that the kubelet gives.
+        host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
+        return dataclasses.replace(in_cluster, server=f"https://{f'[{host}]' if ':' in host else host}:{port}")
 
     for resource, kind in _WATCHED:
         _watch(registry, resource, kind, store)
