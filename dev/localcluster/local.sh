@@ -12,7 +12,7 @@ state=$states/$name
 outer_pid() {
     local pid
     pid=$(cat "$1/pid" 2>/dev/null) && [[ -n $pid ]] || return 1
-    tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -q "^unshare .* $1 " || return 1
+    { tr '\0' ' ' <"/proc/$pid/cmdline"; } 2>/dev/null | grep -q "^unshare .* $1 " || return 1
     echo "$pid"
 }
 inner_pid() {
@@ -70,6 +70,7 @@ cluster_up() {
     # The process writes its own id before it becomes "unshare": whenever this script is killed, "down" finds it.
     setsid bash -c 'echo $$ >"$1/pid"; exec unshare --net --mount --pid --fork --kill-child=SIGKILL --mount-proc "$0" "$@"' \
         "$here/init.sh" "$state" "$programs" "$name" "$nodes" >"$state/logs/init.log" 2>&1 </dev/null 8<&- &
+    disown # or bash would report the end of a process that "destroy" killed on purpose
     if ! wait_until_ready; then
         say "cluster $name did not start; stopped again"
         destroy

@@ -17,6 +17,8 @@ oom_score = 0
   address = "/run/containerd.sock"
 [plugins."io.containerd.internal.v1.opt"]
   path = "/run/containerd-opt"
+[plugins."io.containerd.grpc.v1.cri".cni]
+  conf_dir = "/run/cni"  # it would make the default one, below /etc
 TOML
 containerd -c /run/containerd.toml >"$folder/log" 2>&1 &
 ctr=(timeout 300 ctr --address /run/containerd.sock --namespace k8s.io)
