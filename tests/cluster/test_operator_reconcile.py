@@ -1,224 +1,22 @@
-"""The real operator against a real API server; only the agents are played by the test."""
+"""The real operator against a real API server: orders, status, deletion, conflicts, restarts."""
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from wattlock_api.base import timestamp
-from wattlock_api.constants import FINALIZER
-from wattlock_operator.kube import Kube, KubeError, connect, node_energy_path, policy_path
+from operator_site import DECODE, PREFILL, TEMPLATE, Site, eventually, placed
+from wattlock_api.constants import FINALIZER, FORCE_RELEASE_ANNOTATION
+from wattlock_operator.kube import connect
 
 pytestmark = pytest.mark.cluster
-
-NODE_LABEL = {"nvidia.com/gpu.present": "true"}
-
-TEMPLATE = {
-    "apiVersion": "apps/v1",
-    "kind": "DaemonSet",
-    "metadata": {"name": "template", "labels": {"app.kubernetes.io/name": "wattlock"}},
-    "spec": {
-        "selector": {"matchLabels": {"a": "b"}},
-        "template": {
-            "metadata": {"labels": {"a": "b"}},
-            "spec": {"containers": [{"name": "agent", "image": "wattlock:test", "env": []}]},
-        },
-    },
-}
-
-
-def eventually(what: Callable[[], Any], timeout_seconds: float = 20, message: str = "") -> Any:
-    """Return the first true answer; the last failed assertion or answer is shown when the time is over."""
-    deadline, last = time.monotonic() + timeout_seconds, None
-    while True:
-        try:
-            last = what()
-            if last:
-                return last
-        except AssertionError as error:
-            last = error
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{message or 'not so in time'}: {last}")
-        threading.Event().wait(0.1)
-
-
-@dataclass
-class Site:
-    """A namespace with pods, a node of our own, an operator, and an agent that does what it is told."""
-
-    kubectl: Any
-    namespace: str
-    tmp_path: Path
-    kube: Kube
-    operator: subprocess.Popen[bytes] | None = None
-    nodes: list[str] = field(default_factory=list)
-    agents: list["FakeAgent"] = field(default_factory=list)
-    settings: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def log(self) -> Path:
-        return self.tmp_path / "operator.log"
-
-    def start(self) -> None:
-        environment = {
-            **os.environ,
-            "KUBECONFIG": self.kubectl.kubeconfig,
-            "WATTLOCK_NAMESPACE": self.namespace,
-            "WATTLOCK_AGENT_TEMPLATE": str(self.tmp_path / "template.yaml"),
-            "WATTLOCK_HTTP_PORT": "0",
-            "POD_NAME": f"operator-{uuid.uuid4().hex[:5]}",
-            **self.settings,
-        }
-        with self.log.open("ab") as log:
-            self.operator = subprocess.Popen(
-                [sys.executable, "-m", "wattlock_operator"], env=environment, stdout=log, stderr=log
-            )
-
-    def stop(self, how: int = signal.SIGTERM) -> int | None:
-        if self.operator is None:
-            return None
-        self.operator.send_signal(how)
-        code = self.operator.wait(timeout=25)
-        self.operator = None
-        return code
-
-    def http(self, path: str) -> str:
-        found = [line for line in self.log.read_text().splitlines() if "probes on port" in line]
-        port = int(found[-1].rsplit(" ", 1)[1])
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
-            return str(answer.read().decode())
-
-    def node(self, ready: bool = True) -> str:
-        name = f"node-{uuid.uuid4().hex[:8]}"
-        self.kubectl.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": NODE_LABEL}})
-        status = {"conditions": [{"type": "Ready", "status": str(ready), "reason": "Test", "message": "test"}]}
-        self.patch_status("node", name, status)
-        self.nodes.append(name)
-        return name
-
-    def patch_status(self, kind: str, name: str, status: dict[str, Any], namespace: str = "") -> None:
-        self.kubectl.within(namespace).run(
-            "patch", kind, name, "--subresource=status", "--type=merge", "-p", json.dumps({"status": status})
-        )
-
-    def pod(self, name: str, node: str, labels: dict[str, str], ready: bool = True, namespace: str = "") -> str:
-        namespace = namespace or self.namespace
-        manifest = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": name, "labels": labels},
-            "spec": {
-                "nodeName": node,
-                "automountServiceAccountToken": False,
-                "terminationGracePeriodSeconds": 0,
-                "containers": [
-                    {
-                        "name": "vllm",
-                        "image": "vllm",
-                        "ports": [{"containerPort": 8200}],
-                        "resources": {"limits": {"nvidia.com/gpu": "1"}},
-                    }
-                ],
-            },
-        }
-        kubectl = self.kubectl.within(namespace)
-        kubectl.run("create", "-f", "-", stdin=yaml.safe_dump(manifest))
-        condition = {"type": "Ready", "status": str(ready)}
-        status = {"phase": "Running", "podIP": "10.1.2.3", "podIPs": [{"ip": "10.1.2.3"}], "conditions": [condition]}
-        self.patch_status("pod", name, status, namespace)
-        return str(kubectl.get("pod", name)["metadata"]["uid"])
-
-    def agent(self, node: str) -> "FakeAgent":
-        agent = FakeAgent(self, node)
-        self.agents.append(agent)
-        return agent
-
-    def orders(self, node: str) -> list[dict[str, Any]]:
-        found = self.kube.get(node_energy_path(node)) or {"spec": {}}
-        return list(found["spec"].get("orders", []))
-
-    def policy(self, name: str = "qwen", namespace: str = "") -> dict[str, Any]:
-        found = self.kube.get(policy_path(namespace or self.namespace, name))
-        assert found is not None, f"policy {name} is gone"
-        return found
-
-    def condition(self, kind: str, name: str = "qwen", namespace: str = "") -> tuple[str, str, str]:
-        status = self.policy(name, namespace).get("status", {})
-        for condition in status.get("conditions", []):
-            if condition["type"] == kind:
-                return condition["status"], condition["reason"], condition["message"]
-        return "", "", ""
-
-
-class FakeAgent:
-    """Does on a node's NodeEnergy what an agent does, as far as the operator can see it."""
-
-    def __init__(self, site: Site, node: str) -> None:
-        self.site, self.node = site, node
-        self.obeys = True
-        self.extra: dict[str, Any] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.15):
-            if self.obeys:
-                self.report()
-
-    def report(self) -> None:
-        path = node_energy_path(self.node)
-        body = self.site.kube.get(path)
-        if body is None:
-            return
-        gpus, instances = [], []
-        for index, order in enumerate(body["spec"].get("orders", [])):
-            locked = "capMHz" in order
-            gpu = {
-                "uuid": f"GPU-{index}",
-                "index": index,
-                "product": "NVIDIA H200",
-                "state": "Locked" if locked else "Observing",
-                "reason": "Locked" if locked else (order.get("hold") or {"reason": "PrefillPool"})["reason"],
-                "holder": order["pod"],
-                "policyUid": order["policy"]["uid"],
-                "pool": order["pool"],
-                "instance": order["instance"],
-                "powerWatts": 300,
-            }
-            gpus.append(gpu | ({"requestedMHz": order["capMHz"]} if locked else {}))
-            key = f"{order['policy']['uid']}/{order['instance']}"
-            base = {"key": key, "policyUid": order["policy"]["uid"], "pool": order["pool"]}
-            instances.append(base | {"instance": order["instance"]} | self.extra)
-        status = {
-            "observedGeneration": body["metadata"]["generation"],
-            "reportedAt": timestamp(time.time()),
-            "phase": "Running",
-            "gpus": gpus,
-            "instances": instances,
-            "locked": sum(gpu["state"] == "Locked" for gpu in gpus),
-        }
-        before = body.get("status", {})
-        same = all(before.get(key) == value for key, value in status.items() if key != "reportedAt")
-        if not same:
-            with contextlib.suppress(KubeError):  # deleted meanwhile
-                self.site.kube.merge(path + "/status", {"status": status})
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10)
 
 
 @pytest.fixture
@@ -240,15 +38,6 @@ def site(kubectl: Any, namespace: str, tmp_path: Path) -> Iterator[Site]:
         kubectl.run("delete", "node,nodeenergy", node, "--ignore-not-found", "--wait=false", check=False)
     if os.environ.get("SHOW_OPERATOR_LOG"):
         print(found.log.read_text())
-
-
-DECODE, PREFILL = {"llm-d.ai/role": "decode"}, {"llm-d.ai/role": "prefill"}
-
-
-def placed(policy: dict[str, Any], site: Site, **spec: Any) -> dict[str, Any]:
-    """Return the policy in the site's namespace, with changes to its spec."""
-    metadata = {**policy["metadata"], "namespace": site.namespace}
-    return {**policy, "metadata": metadata, "spec": {**policy["spec"], **spec}}
 
 
 def test_a_policy_becomes_orders_and_their_reports_become_its_status(site, good_policy):
@@ -300,3 +89,189 @@ def test_a_deleted_policy_stays_until_its_gpus_are_released(site, good_policy):
     gone = lambda: site.kubectl.within(site.namespace).get("energypolicies")["items"] == []  # noqa: E731
     eventually(gone)
     eventually(lambda: site.kubectl.within(site.namespace).get("daemonsets")["items"] == [])
+
+
+def test_without_a_ready_prefill_pod_decode_is_held(site, good_policy):
+    node = site.node()
+    site.pod("decode-0", node, DECODE)
+    site.pod("prefill-0", node, PREFILL, ready=False)
+    site.agent(node)
+    site.kubectl.apply(placed(good_policy, site))
+    eventually(lambda: site.condition("Ready")[1] == "NoPrefillPeer")
+    assert [order.get("capMHz") for order in site.orders(node)] == [None, None]
+
+    ready = {"conditions": [{"type": "Ready", "status": "True"}]}
+    site.patch_status("pod", "prefill-0", ready, site.namespace)
+    eventually(lambda: 1590 in [order.get("capMHz") for order in site.orders(node)])
+    eventually(lambda: site.condition("Ready")[0] == "True")
+
+
+def test_a_pod_that_two_policies_claim_is_capped_by_neither(site, good_policy):
+    node = site.node()
+    site.pod("decode-0", node, DECODE)
+    site.pod("prefill-0", node, PREFILL)
+    site.agent(node)
+    site.kubectl.apply(placed(good_policy, site))
+    eventually(lambda: site.policy().get("status", {}).get("summary", {}).get("locked") == 1)
+    second = placed(good_policy, site)
+    second["metadata"] = {"name": "second", "namespace": site.namespace}
+    site.kubectl.apply(second)
+
+    for name in ("qwen", "second"):
+        eventually(lambda name=name: site.condition("Conflict", name)[0] == "True")
+        message = site.condition("Conflict", name)[2]
+        assert f"{site.namespace}/qwen" in message
+        assert f"{site.namespace}/second" in message
+        assert "selectors" in message
+    eventually(lambda: all("capMHz" not in order for order in site.orders(node)))
+    assert {order["hold"]["reason"] for order in site.orders(node)} == {"PolicyConflict"}
+    assert {order["policy"]["name"] for order in site.orders(node)} == {"qwen"}
+    posted = site.kubectl.within(site.namespace).get("events", "--field-selector", "reason=PolicyConflict")["items"]
+    assert {event["involvedObject"]["name"] for event in posted} == {"qwen", "second"}
+
+    site.kubectl.within(site.namespace).run("delete", "energypolicy", "second", "--timeout=20s")
+    eventually(lambda: 1590 in [order.get("capMHz") for order in site.orders(node)])
+    eventually(lambda: site.condition("Conflict")[0] == "False")
+
+
+def test_policies_reach_the_pods_of_their_own_namespace_only(site, good_policy, kubectl):
+    other = f"{site.namespace}-b"
+    kubectl.run("create", "namespace", other)
+    try:
+        node = site.node()
+        for namespace in (site.namespace, other):
+            eventually(lambda namespace=namespace: site.has_service_account(namespace))
+            site.pod("decode-0", node, DECODE, namespace=namespace)
+            site.pod("prefill-0", node, PREFILL, namespace=namespace)
+        site.agent(node)
+        site.kubectl.apply(placed(good_policy, site))
+        eventually(lambda: site.policy().get("status", {}).get("summary", {}).get("locked") == 1)
+        assert {order["pod"]["namespace"] for order in site.orders(node)} == {site.namespace}
+    finally:
+        kubectl.run("delete", "namespace", other, "--wait=false")
+
+
+def test_a_restarted_operator_goes_on_where_the_last_one_was(site, good_policy):
+    node = site.node()
+    site.pod("decode-0", node, DECODE)
+    site.pod("prefill-0", node, PREFILL)
+    agent = site.agent(node)
+    agent.extra = {"energyJoules": "7200000"}
+    site.kubectl.apply(placed(good_policy, site))
+
+    def energy() -> list[str | None]:
+        return [pool.get("energyKWh") for pool in site.policy().get("status", {}).get("pools", [])]
+
+    eventually(lambda: energy() == ["2.000000", "2.000000"], 25)
+    eventually(lambda: site.condition("Ready")[0] == "True")
+    before = site.policy()
+    generation = site.node_energy(node)["metadata"]["generation"]
+    assert site.stop(signal.SIGTERM) == 0
+    agent.extra = {"energyJoules": "10800000"}  # it goes on while no operator watches
+    eventually(lambda: "10800000" in json.dumps(site.node_energy(node)["status"]))
+    site.start()
+    eventually(lambda: energy() == ["3.000000", "3.000000"])
+    after = site.policy()
+    assert site.node_energy(node)["metadata"]["generation"] == generation, "a restart must not change an order"
+    times = [
+        {entry["type"]: entry["lastTransitionTime"] for entry in policy["status"]["conditions"]}
+        for policy in (before, after)
+    ]
+    assert times[0]["Ready"] == times[1]["Ready"]
+
+
+def test_metrics_and_probes(site, good_policy):
+    node = site.node()
+    site.pod("decode-0", node, DECODE)
+    site.pod("prefill-0", node, PREFILL)
+    site.agent(node)
+    site.kubectl.apply(placed(good_policy, site))
+    labels = f'{{namespace="{site.namespace}",policy="qwen",pool="decode",role="Decode"}}'
+    eventually(lambda: f"wattlock_pool_locked_gpus{labels} 1.0" in site.http("/metrics"))
+    text = site.http("/metrics")
+    assert f'wattlock_policy_info{{mode="Enforce",namespace="{site.namespace}",policy="qwen"}} 1.0' in text
+    assert "wattlock_operator_leading 1.0" in text
+    assert "wattlock_operator_errors_total{" not in text
+    assert (site.http("/healthz"), site.http("/readyz")) == ("ok\n", "ok\n")
+
+
+def test_a_policy_of_a_dead_node_waits_until_it_is_told_not_to(site, good_policy):
+    node = site.node()
+    site.pod("decode-0", node, DECODE)
+    site.pod("prefill-0", node, PREFILL)
+    agent = site.agent(node)
+    site.kubectl.apply(placed(good_policy, site))
+    eventually(lambda: site.policy().get("status", {}).get("summary", {}).get("locked") == 1)
+    agent.obeys = False
+    dead = {"conditions": [{"type": "Ready", "status": "Unknown", "reason": "Test", "message": "test"}]}
+    site.patch_status("node", node, dead)
+    kubectl = site.kubectl.within(site.namespace)
+    kubectl.run("delete", "energypolicy", "qwen", "--wait=false")
+    eventually(lambda: FORCE_RELEASE_ANNOTATION in site.condition("Ready")[2])
+    kubectl.run("annotate", "energypolicy", "qwen", f"{FORCE_RELEASE_ANNOTATION}=true")
+    eventually(lambda: kubectl.get("energypolicies")["items"] == [])
+
+
+def test_a_daemon_set_deleted_by_hand_comes_back(site, good_policy):
+    kubectl = site.kubectl.within(site.namespace)
+    site.kubectl.apply(placed(good_policy, site))
+    found = eventually(lambda: kubectl.get("daemonsets")["items"])
+    container = found[0]["spec"]["template"]["spec"]["containers"][0]
+    assert container["securityContext"]["capabilities"] == {"add": ["SYS_ADMIN"], "drop": ["ALL"]}
+    kubectl.run("delete", "daemonset", found[0]["metadata"]["name"])
+    again = eventually(lambda: kubectl.get("daemonsets")["items"])
+    assert again[0]["metadata"]["uid"] != found[0]["metadata"]["uid"]
+
+    kubectl.run("patch", "energypolicy", "qwen", "--type=merge", "-p", '{"spec": {"mode": "Observe"}}')
+
+    def capabilities() -> dict[str, Any]:
+        spec = kubectl.get("daemonsets")["items"][0]["spec"]["template"]["spec"]
+        return dict(spec["containers"][0]["securityContext"]["capabilities"])
+
+    eventually(lambda: capabilities() == {"drop": ["ALL"]})
+
+
+def command(site: Site, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run one of the operator's other commands."""
+    environment = {**os.environ, "KUBECONFIG": site.kubectl.kubeconfig, "WATTLOCK_NAMESPACE": site.namespace}
+    return subprocess.run(
+        [sys.executable, "-m", "wattlock_operator", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_check_tells_what_works_and_what_does_not(site, good_policy):
+    eventually(lambda: "leading as" in site.log.read_text())
+    well = command(site, "check", "--timeout-seconds", "5")
+    assert well.returncode == 0, well.stdout
+    assert "ok    EnergyPolicy is served" in well.stdout
+    node = site.node()
+    site.pod("decode-0", node, DECODE)
+    site.kubectl.apply(placed(good_policy, site))
+    eventually(lambda: site.kubectl.within(site.namespace).get("daemonsets")["items"])
+    ill = command(site, "check", "--timeout-seconds", "1")
+    assert ill.returncode == 1, ill.stdout
+    assert "FAIL  0 of " in ill.stdout
+
+
+def test_release_all_leaves_nothing_locked_and_lets_policies_go(site, good_policy):
+    node = site.node()
+    site.pod("decode-0", node, DECODE)
+    site.pod("prefill-0", node, PREFILL)
+    agent = site.agent(node)
+    site.kubectl.apply(placed(good_policy, site))
+    eventually(lambda: site.policy().get("status", {}).get("summary", {}).get("locked") == 1)
+    site.stop()  # there is no Deployment to scale here
+    agent.obeys = False
+    kept = command(site, "release-all", "--timeout-seconds", "3")
+    assert kept.returncode == 1
+    assert f"a lock may remain on: {node}" in kept.stdout
+    assert FINALIZER in site.policy()["metadata"]["finalizers"]
+    agent.stops()
+    done = command(site, "release-all", "--timeout-seconds", "20")
+    assert done.returncode == 0, done.stdout
+    assert "every GPU is released" in done.stdout
+    site.kubectl.within(site.namespace).run("delete", "energypolicy", "qwen", "--timeout=10s")

@@ -301,6 +301,9 @@ class PoolStatus(ApiModel):
     """Power of the pool's GPU boards now, from their energy counters, in watts."""
     energy_kwh: PositiveDecimalString | None = None
     """GPU-board energy of the pool since the policy was created, in kWh."""
+    counted_joules: PositiveDecimalString | None = None
+    """Sum of the agents' energy counters, in joules, as far as energyKWh includes them: a restarted operator goes
+    on from here."""
     tokens_per_second: PositiveDecimalString | None = None
     """Generated tokens per second."""
     joules_per_token: PositiveDecimalString | None = None

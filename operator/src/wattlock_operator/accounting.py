@@ -42,18 +42,36 @@ def _counters(instance: NodeInstance) -> Counters:
     return Counters(number(instance.instance.energy_joules), arms)
 
 
-def opening(report: PoolReport, energy_kwh: float | None, saved_kwh: float | None) -> Account:
-    """Return the account as this operator finds it at its start.
+@dataclass(frozen=True)
+class Sums:
+    """A pool's sums as its policy's status keeps them. ``None`` is unknown."""
 
-    The sums come from the policy's status. What the counters show by then is taken as counted already: with an
-    earlier operator that is so up to its last status, and the energy of the time between is not in the sum. A
-    policy that has no sum yet counts from zero, all of it.
+    energy_kwh: float | None = None
+    saved_kwh: float | None = None
+    counted_joules: float | None = None
+    """Sum of the counters that energy_kwh includes."""
+
+
+def counted_joules(report: PoolReport) -> float:
+    """Return the sum of the pool's energy counters."""
+    return sum(number(item.instance.energy_joules) for item in report.instances)
+
+
+def opening(report: PoolReport, sums: Sums) -> Account:
+    """Return the account as an operator finds it at its start.
+
+    What the counters grew by while no operator watched is added. With the same instances that is exact; where
+    instances came, went or restarted it is a lower bound, because what they lost is subtracted. Savings of that
+    time are not counted. A policy that has no sum yet counts from zero, all of it.
     """
-    last = {} if energy_kwh is None else {(item.node, item.instance.key): _counters(item) for item in report.instances}
+    if sums.energy_kwh is None:
+        return Account()
+    now = counted_joules(report)
+    missed = 0.0 if sums.counted_joules is None else max(0.0, now - sums.counted_joules)
     return Account(
-        energy_joules=None if energy_kwh is None else energy_kwh * JOULES_PER_KWH,
-        saved_joules=None if saved_kwh is None else saved_kwh * JOULES_PER_KWH,
-        last=last,
+        energy_joules=sums.energy_kwh * JOULES_PER_KWH + missed,
+        saved_joules=None if sums.saved_kwh is None else sums.saved_kwh * JOULES_PER_KWH,
+        last={(item.node, item.instance.key): _counters(item) for item in report.instances},
     )
 
 
@@ -86,15 +104,10 @@ def advance(account: Account, report: PoolReport, log_effect: float | None) -> A
 
 
 def open_or_advance(
-    accounts: Mapping[PoolKey, Account],
-    key: PoolKey,
-    report: PoolReport,
-    energy_kwh: float | None,
-    saved_kwh: float | None,
-    log_effect: float | None,
+    accounts: Mapping[PoolKey, Account], key: PoolKey, report: PoolReport, sums: Sums, log_effect: float | None
 ) -> Account:
     """Return the pool's account after a report, opening it where there is none."""
     account = accounts.get(key)
     if account is None:
-        account = opening(report, energy_kwh, saved_kwh)
+        account = opening(report, sums)
     return advance(account, report, log_effect)

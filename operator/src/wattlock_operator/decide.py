@@ -56,6 +56,8 @@ class Decision:
     tellings: tuple[Telling, ...]
     released: frozenset[str]
     """UIDs of deleted policies that may go."""
+    again_soon: bool
+    """Whether a status waits only for STATES_SECONDS to pass."""
     memory: Memory
 
 
@@ -116,7 +118,7 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
     write_statuses: list[tuple[PolicyView, EnergyPolicyStatus]] = []
     written: dict[str, Written] = {}
     tellings: list[Telling] = []
-    told = memory.told
+    told, again_soon = memory.told, False
     for policy in world.policies:
         last = memory.written.get(policy.uid)
         before = last.status if last else policy.status
@@ -134,7 +136,9 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         accounts.update(report.accounts)
         statuses[policy.uid] = report.status
         since = now_seconds - last.at_seconds if last else float("inf")
-        pause = STATES_SECONDS if urgent_change(before, report.status) else NUMBERS_SECONDS
+        urgent = urgent_change(before, report.status)
+        pause = STATES_SECONDS if urgent else NUMBERS_SECONDS
+        again_soon |= urgent and since < pause
         if since >= pause and policy.status != report.status:
             write_statuses.append((policy, report.status))
             more, told = tell(policy, before.conditions if before else (), report.status.conditions, told, now_seconds)
@@ -150,5 +154,6 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         write_statuses=tuple(write_statuses),
         tellings=tuple(tellings),
         released=frozenset(uid for uid, release in releases.items() if release.complete),
+        again_soon=again_soon,
         memory=Memory(accounts, written, ordered_nodes, told),
     )

@@ -13,7 +13,7 @@ from wattlock_api.constants import LEASE_RENEW_SECONDS
 
 from wattlock_operator import kube as api
 from wattlock_operator.apply import Applier, ensure_published_profile, read_daemon_sets
-from wattlock_operator.decide import Decision, Memory, decide
+from wattlock_operator.decide import STATES_SECONDS, Decision, Memory, decide
 from wattlock_operator.kube import Kube, KubeError
 from wattlock_operator.lease import DURATION_SECONDS, Lease
 from wattlock_operator.metrics import Metrics
@@ -133,8 +133,7 @@ class Reconciler:
                     if not profile_ensured:
                         await asyncio.to_thread(ensure_published_profile, self._kube)
                         profile_ensured = True
-                    if not await asyncio.to_thread(self._pass):
-                        wait = RETRY_SECONDS
+                    wait = await asyncio.to_thread(self._pass)
             except KubeError as error:
                 log.warning("the pass over the cluster was cut short: %s", error)
                 self._metrics.failed("pass")
@@ -149,7 +148,8 @@ class Reconciler:
                 await asyncio.wait_for(self._dirty.wait(), wait)
                 await asyncio.sleep(DEBOUNCE_SECONDS)
 
-    def _pass(self) -> bool:
+    def _pass(self) -> float:
+        """Look, decide and write; return after how many seconds to look again without a change."""
         with self._metrics.reconcile_seconds.time():
             now_seconds = time.time()
             template = read_template(self._settings)
@@ -160,7 +160,9 @@ class Reconciler:
                 ((policy, decision.statuses[policy.uid]) for policy in world.policies), leading=self.leading
             )
             self._released = decision.released
-            return self._carry_out(decision, now_seconds)
+            if not self._carry_out(decision, now_seconds):
+                return RETRY_SECONDS
+            return STATES_SECONDS if decision.again_soon else PERIOD_SECONDS
 
     def _carry_out(self, decision: Decision, now_seconds: float) -> bool:
         well, failed = False, frozenset(policy.uid for policy, _ in decision.write_statuses)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from wattlock_api.constants import Mode, Role, SavingsVerdict
 from wattlock_api.energypolicy import EnergyPolicyStatus, PoolStatus, Summary
 
-from wattlock_operator.accounting import Account, open_or_advance
+from wattlock_operator.accounting import Account, Sums, open_or_advance
 from wattlock_operator.conditions import Facts, dated, find_conditions
 from wattlock_operator.orders import Orders
 from wattlock_operator.pooling import saving_percent
@@ -77,6 +77,19 @@ def summary(policy: PolicyView, pools: Sequence[PoolStatus], findings: Sequence[
     )
 
 
+def _sums(pool: PoolStatus | None) -> Sums:
+    def known(text: str | None) -> float | None:
+        return None if text is None else number(text)
+
+    if pool is None:
+        return Sums()
+    return Sums(
+        energy_kwh=known(pool.energy_kwh),
+        saved_kwh=known(pool.savings.saved_kwh) if pool.savings else None,
+        counted_joules=known(pool.counted_joules),
+    )
+
+
 def report_policy(
     policy: PolicyView,
     world: World,
@@ -103,11 +116,8 @@ def report_policy(
         if policy.spec is not None and pool.role is Role.DECODE:
             finding = find_saving(policy.spec.verification, policy.spec.mode, report)
             findings.append(finding)
-        old = previous.get(pool.name)
-        old_energy = number(old.energy_kwh) if old and old.energy_kwh is not None else None
-        old_saved = number(old.savings.saved_kwh) if old and old.savings and old.savings.saved_kwh else None
         effect = finding.verified_log_effect if finding else None
-        account = kept[key] = open_or_advance(accounts, key, report, old_energy, old_saved, effect)
+        account = kept[key] = open_or_advance(accounts, key, report, _sums(previous.get(pool.name)), effect)
         savings = None
         if finding is not None and policy.spec is not None:
             savings = with_totals(finding.savings, account.saved_joules, policy.spec.cost)

@@ -1,0 +1,245 @@
+"""The real operator as a process beside a real API server; only the agents are played by the test."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from wattlock_api.base import timestamp
+from wattlock_operator.kube import Kube, KubeError, node_energy_path, policy_path
+
+NODE_LABEL = {"nvidia.com/gpu.present": "true"}
+
+TEMPLATE = {
+    "apiVersion": "apps/v1",
+    "kind": "DaemonSet",
+    "metadata": {"name": "template", "labels": {"app.kubernetes.io/name": "wattlock"}},
+    "spec": {
+        "selector": {"matchLabels": {"a": "b"}},
+        "template": {
+            "metadata": {"labels": {"a": "b"}},
+            "spec": {"containers": [{"name": "agent", "image": "wattlock:test", "env": []}]},
+        },
+    },
+}
+
+
+def eventually(what: Callable[[], Any], timeout_seconds: float = 20, message: str = "") -> Any:
+    """Return the first true answer; the last failed assertion or answer is shown when the time is over."""
+    deadline, last = time.monotonic() + timeout_seconds, None
+    while True:
+        try:
+            last = what()
+            if last:
+                return last
+        except AssertionError as error:
+            last = error
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{message or 'not so in time'}: {last}")
+        threading.Event().wait(0.1)
+
+
+@dataclass
+class Site:
+    """A namespace with pods, a node of our own, an operator, and an agent that does what it is told."""
+
+    kubectl: Any
+    namespace: str
+    tmp_path: Path
+    kube: Kube
+    operator: subprocess.Popen[bytes] | None = None
+    nodes: list[str] = field(default_factory=list)
+    agents: list["FakeAgent"] = field(default_factory=list)
+    settings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def log(self) -> Path:
+        return self.tmp_path / "operator.log"
+
+    def start(self) -> None:
+        environment = {
+            **os.environ,
+            "KUBECONFIG": self.kubectl.kubeconfig,
+            "WATTLOCK_NAMESPACE": self.namespace,
+            "WATTLOCK_AGENT_TEMPLATE": str(self.tmp_path / "template.yaml"),
+            "WATTLOCK_HTTP_PORT": "0",
+            "POD_NAME": f"operator-{uuid.uuid4().hex[:5]}",
+            **self.settings,
+        }
+        with self.log.open("ab") as log:
+            self.operator = subprocess.Popen(
+                [sys.executable, "-m", "wattlock_operator"], env=environment, stdout=log, stderr=log
+            )
+
+    def stop(self, how: int = signal.SIGTERM) -> int | None:
+        if self.operator is None:
+            return None
+        self.operator.send_signal(how)
+        code = self.operator.wait(timeout=25)
+        self.operator = None
+        return code
+
+    def http(self, path: str) -> str:
+        found = [line for line in self.log.read_text().splitlines() if "probes on port" in line]
+        assert found, "the operator does not serve yet"
+        port = int(found[-1].rsplit(" ", 1)[1])
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return str(answer.read().decode())
+
+    def node(self, ready: bool = True) -> str:
+        name = f"node-{uuid.uuid4().hex[:8]}"
+        self.kubectl.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": NODE_LABEL}})
+        status = {"conditions": [{"type": "Ready", "status": str(ready), "reason": "Test", "message": "test"}]}
+        self.patch_status("node", name, status)
+        self.nodes.append(name)
+        return name
+
+    def patch_status(self, kind: str, name: str, status: dict[str, Any], namespace: str = "") -> None:
+        self.kubectl.within(namespace).run(
+            "patch", kind, name, "--subresource=status", "--type=merge", "-p", json.dumps({"status": status})
+        )
+
+    def pod(self, name: str, node: str, labels: dict[str, str], ready: bool = True, namespace: str = "") -> str:
+        namespace = namespace or self.namespace
+        manifest = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "labels": labels},
+            "spec": {
+                "nodeName": node,
+                "automountServiceAccountToken": False,
+                "terminationGracePeriodSeconds": 0,
+                "containers": [
+                    {
+                        "name": "vllm",
+                        "image": "vllm",
+                        "ports": [{"containerPort": 8200}],
+                        "resources": {"limits": {"nvidia.com/gpu": "1"}},
+                    }
+                ],
+            },
+        }
+        kubectl = self.kubectl.within(namespace)
+        kubectl.run("create", "-f", "-", stdin=yaml.safe_dump(manifest))
+        condition = {"type": "Ready", "status": str(ready)}
+        status = {"phase": "Running", "podIP": "10.1.2.3", "podIPs": [{"ip": "10.1.2.3"}], "conditions": [condition]}
+        self.patch_status("pod", name, status, namespace)
+        return str(kubectl.get("pod", name)["metadata"]["uid"])
+
+    def agent(self, node: str) -> "FakeAgent":
+        agent = FakeAgent(self, node)
+        self.agents.append(agent)
+        return agent
+
+    def orders(self, node: str) -> list[dict[str, Any]]:
+        found = self.kube.get(node_energy_path(node)) or {"spec": {}}
+        return list(found["spec"].get("orders", []))
+
+    def node_energy(self, node: str) -> dict[str, Any]:
+        found = self.kube.get(node_energy_path(node))
+        assert found is not None, f"there is no NodeEnergy {node}"
+        return found
+
+    def has_service_account(self, namespace: str) -> bool:
+        return self.kube.get(f"/api/v1/namespaces/{namespace}/serviceaccounts/default") is not None
+
+    def policy(self, name: str = "qwen", namespace: str = "") -> dict[str, Any]:
+        found = self.kube.get(policy_path(namespace or self.namespace, name))
+        assert found is not None, f"policy {name} is gone"
+        return found
+
+    def condition(self, kind: str, name: str = "qwen", namespace: str = "") -> tuple[str, str, str]:
+        status = self.policy(name, namespace).get("status", {})
+        for condition in status.get("conditions", []):
+            if condition["type"] == kind:
+                return condition["status"], condition["reason"], condition["message"]
+        return "", "", ""
+
+
+class FakeAgent:
+    """Does on a node's NodeEnergy what an agent does, as far as the operator can see it."""
+
+    def __init__(self, site: Site, node: str) -> None:
+        self.site, self.node = site, node
+        self.obeys = True
+        self.extra: dict[str, Any] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.15):
+            if self.obeys:
+                self.report()
+
+    def report(self) -> None:
+        path = node_energy_path(self.node)
+        body = self.site.kube.get(path)
+        if body is None:
+            return
+        gpus, instances = [], []
+        for index, order in enumerate(body["spec"].get("orders", [])):
+            locked = "capMHz" in order
+            gpu = {
+                "uuid": f"GPU-{index}",
+                "index": index,
+                "product": "NVIDIA H200",
+                "state": "Locked" if locked else "Observing",
+                "reason": "Locked" if locked else (order.get("hold") or {"reason": "PrefillPool"})["reason"],
+                "holder": order["pod"],
+                "policyUid": order["policy"]["uid"],
+                "pool": order["pool"],
+                "instance": order["instance"],
+                "powerWatts": 300,
+            }
+            gpus.append(gpu | ({"requestedMHz": order["capMHz"]} if locked else {}))
+            key = f"{order['policy']['uid']}/{order['instance']}"
+            base = {"key": key, "policyUid": order["policy"]["uid"], "pool": order["pool"]}
+            instances.append(base | {"instance": order["instance"]} | self.extra)
+        self._write(body, gpus, instances, "Running")
+
+    def stops(self) -> None:
+        """Report as a stopping agent does: all released."""
+        body = self.site.node_energy(self.node)
+        gpus = [gpu | {"state": "Released", "reason": "AgentStopping"} for gpu in body["status"]["gpus"]]
+        self._write(body, gpus, body["status"].get("instances", []), "Stopping")
+
+    def _write(self, body: dict[str, Any], gpus: list[Any], instances: list[Any], phase: str) -> None:
+        path = node_energy_path(self.node)
+        status = {
+            "observedGeneration": body["metadata"]["generation"],
+            "reportedAt": timestamp(time.time()),
+            "phase": phase,
+            "gpus": gpus,
+            "instances": instances,
+            "locked": sum(gpu["state"] == "Locked" for gpu in gpus),
+        }
+        before = body.get("status", {})
+        same = all(before.get(key) == value for key, value in status.items() if key != "reportedAt")
+        if not same:
+            with contextlib.suppress(KubeError):  # deleted meanwhile
+                self.site.kube.merge(path + "/status", {"status": status})
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+
+DECODE, PREFILL = {"llm-d.ai/role": "decode"}, {"llm-d.ai/role": "prefill"}
+
+
+def placed(policy: dict[str, Any], site: Site, **spec: Any) -> dict[str, Any]:
+    """Return the policy in the site's namespace, with changes to its spec."""
+    metadata = {**policy["metadata"], "namespace": site.namespace}
+    return {**policy, "metadata": metadata, "spec": {**policy["spec"], **spec}}
