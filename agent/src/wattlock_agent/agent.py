@@ -23,7 +23,7 @@ from wattlock_agent.gpu.base import GpuFault
 from wattlock_agent.instance import InstanceTrack
 from wattlock_agent.journal import Journal, JournalError, LockRecord
 from wattlock_agent.orders import InstanceKey, Orders, key_of
-from wattlock_agent.plan import Decision, GpuView, Refusal, World, orders_without_gpu, plan
+from wattlock_agent.plan import Decision, GpuView, Lock, Refusal, World, orders_without_gpu, plan
 from wattlock_agent.staleness import Freshness, api_answered, lease_read, why_stale
 from wattlock_agent.track import GpuTrack
 from wattlock_agent.verify import Finding, backoff_seconds
@@ -33,6 +33,9 @@ _log = logging.getLogger(__name__)
 HOLDERS_SECONDS = 5.0
 #: What the kubelet last said is followed for so long while it does not answer.
 HOLDERS_MAX_AGE_SECONDS = 30.0
+#: Before a lock is written the kubelet is asked anew, if its answer is older than this.
+HOLDERS_FRESH_SECONDS = 2.0
+_MAX_PARTED = 64
 #: At the start: how long records wait for orders and holders before their GPUs are reset.
 START_SECONDS = 30.0
 #: A tick on new orders uses readings that are at most so old.
@@ -93,6 +96,8 @@ class Agent:
         self._holders = HoldersSeen(float("-inf"), None, "the kubelet has not been asked yet")
         self._holders_asked_seconds = float("-inf")
         self._holders_pending = False
+        self._lock_waits = False
+        self._parted: dict[InstanceKey, InstanceStatus] = {}
         self._scan = Scan(0, None)
         self._scanned_at_seconds = float("-inf")
         self._silent: dict[str, int] = defaultdict(int)
@@ -122,7 +127,7 @@ class Agent:
             if not event.problem or event.missing:
                 self._freshness = api_answered(self._freshness, clock.now_seconds)
         elif isinstance(event, ThreadFailed):
-            raise event.error
+            raise RuntimeError(f"a thread of the agent failed: {event.error!r}") from event.error
         return False
 
     def open_journal(self, journal: Journal) -> None:
@@ -158,7 +163,7 @@ class Agent:
             self._read(clock)
         world = self._world(clock)
         decisions = plan(world)
-        if self.actuator.apply(decisions, clock.now_seconds, clock.unix_seconds):
+        if self.actuator.apply(self._with_fresh_holders(clock, decisions), clock.now_seconds, clock.unix_seconds):
             world = self._world(clock)
             decisions = plan(world)
         without_gpu = orders_without_gpu(world)
@@ -167,11 +172,22 @@ class Agent:
             self._settled_generation = self._orders.generation
         self.outlook = Outlook(clock, self._scan, world, decisions, without_gpu, self._settled_generation)
 
+    def _with_fresh_holders(self, clock: Clock, decisions: Mapping[str, Decision]) -> Mapping[str, Decision]:
+        """Put locks off until the kubelet has just said who holds the GPUs."""
+        wanted = any(isinstance(decision.action, Lock) for decision in decisions.values())
+        self._lock_waits = wanted and clock.now_seconds - self._holders.asked_at_seconds > HOLDERS_FRESH_SECONDS
+        if not self._lock_waits:
+            return decisions
+        self._holders_asked_seconds = float("-inf")
+        return {uuid: each for uuid, each in decisions.items() if not isinstance(each.action, Lock)}
+
     def previous_gpu(self, uuid: str) -> GpuStatus | None:
         """Return what an earlier agent reported about a GPU."""
         return next((gpu for gpu in self._before.gpus if gpu.uuid == uuid), None) if self._before else None
 
     def _previous_instance(self, key: InstanceKey) -> InstanceStatus | None:
+        if key in self._parted:
+            return self._parted.pop(key)
         return next((each for each in self._before.instances if each.key == key.text), None) if self._before else None
 
     def _new_orders(self, event: kube.OrdersSeen, clock: Clock) -> bool:
@@ -196,7 +212,10 @@ class Agent:
         for order in orders.orders:
             by_instance[key_of(order)].append(order)
         for key in self.instances.keys() - by_instance.keys():
-            del self.instances[key]
+            # It may come back, after a pod was replaced: its statistics go on then.
+            self._parted[key] = self.instances.pop(key).status(clock.now_seconds, None)
+            while len(self._parted) > _MAX_PARTED:
+                del self._parted[next(iter(self._parted))]
         for key, group in by_instance.items():
             if key not in self.instances:
                 self.instances[key] = InstanceTrack(key, self._previous_instance(key), clock)
@@ -211,7 +230,7 @@ class Agent:
             return False
         changed = event.holders != self._holders.holders or self._holders.asked_at_seconds < self._orders_at_seconds
         self._holders = event
-        return changed
+        return changed or self._lock_waits
 
     def _world(self, clock: Clock) -> World:
         now_seconds = clock.now_seconds
@@ -232,7 +251,10 @@ class Agent:
                 if (hold := instance.hold(now_seconds)) is not None
             },
             journal_problem=self.actuator.journal_problem(now_seconds),
-            starting=now_seconds - self._started_seconds < START_SECONDS,
+            pending=now_seconds - self._started_seconds < START_SECONDS
+            and (
+                self._orders is None or self._holders.holders is None or self._freshness.lease_changed_seconds is None
+            ),
             stopping=self.stopping,
         )
 
@@ -304,9 +326,9 @@ class Agent:
 
     def _is_settled(self, world: World, decisions: Mapping[str, Decision]) -> bool:
         """Whether nothing is left to do for the present orders; needs the kubelet's word from after they came."""
-        if not all(decision.settled for decision in decisions.values()):
+        if world.pending or not all(decision.settled for decision in decisions.values()):
             return False
         if not self._scan.gpus:  # no driver: all is refused, but a lock of before may still be there
             return not self.actuator.records()
         heard = self._holders.asked_at_seconds >= self._orders_at_seconds
-        return heard or (world.holders is None and not world.starting)
+        return heard or world.holders is None

@@ -23,7 +23,7 @@ from wattlock_agent.holders.base import Holders, KubeletError
 from wattlock_agent.http_server import AgentServer
 from wattlock_agent.journal import Journal, JournalError
 from wattlock_agent.metrics import Snapshot, SnapshotBoard
-from wattlock_agent.orders import InstanceKey
+from wattlock_agent.orders import NO_ORDERS, InstanceKey
 from wattlock_agent.report import Reported, build_status, is_due
 from wattlock_agent.serving.base import ScrapeFailure, ServingCounters
 from wattlock_agent.settings import Settings
@@ -175,12 +175,17 @@ class Loop:
         self._agent.tick(clock)
         status = self._build_status()
         now_seconds = time.monotonic()
-        if is_due(self._reported, status, now_seconds, self._jitter):
+        if self._has_object() and is_due(self._reported, status, now_seconds, self._jitter):
             self._reported = Reported(now_seconds, status)
             self._status.put(status)
         self._passes += 1
         self._pass_seconds += now_seconds - clock.now_seconds
         self.board.snapshot = self._snapshot(status)
+
+    def _has_object(self) -> bool:
+        """Whether the operator has made a NodeEnergy for this node, so that there is something to report to."""
+        orders = self._agent.outlook.world.orders if self._agent.outlook else None
+        return orders is not None and orders != NO_ORDERS
 
     def _open_journal(self, clock: Clock) -> None:
         if self._journal_open or clock.now_seconds < self._journal_due_seconds:
@@ -281,6 +286,8 @@ class Loop:
         return status
 
     def _report_last(self) -> None:
+        if not self._has_object():
+            return
         self._status.put(self._build_status())
         if not self._status.drain(LAST_REPORT_TIMEOUT_SECONDS):
             _log.warning("the API server did not take the last report in time")

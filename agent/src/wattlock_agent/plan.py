@@ -111,8 +111,8 @@ class World:
     """Instances that the guardrail or their own prompts hold released."""
     journal_problem: str
     """Why nothing can be recorded; empty: it can."""
-    starting: bool
-    """Within the first seconds, when orders and holders may still come: records wait, nothing else does."""
+    pending: bool
+    """At the start, while orders, holders or a sign of the operator may still come: locks of an earlier agent wait."""
     stopping: bool = False
 
 
@@ -392,7 +392,7 @@ def _released(world: World, verdict: _Verdict, refusal: Refusal) -> Decision:
             "run 'wattlock-agent reset' as root with the capability SYS_ADMIN on this node",
             settled=True,
         )
-    if world.starting and (world.orders is None or world.holders is None) and not world.stopping:
+    if world.pending and not world.stopping:
         return replace(left_over, message=f"lock of an earlier agent: {refusal.message}")
     if world.now_seconds < gpu.release_not_before_seconds:
         return replace(left_over, message=f"{refusal.message}; cannot be released: {gpu.release_problem}")

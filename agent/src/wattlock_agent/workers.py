@@ -13,8 +13,10 @@ from wattlock_agent.driver_session import DriverSession, Scan
 
 Result = TypeVar("Result")
 
-#: The driver answers within milliseconds; one that takes so long hangs.
-GPU_TIMEOUT_SECONDS = 10.0
+#: A write takes milliseconds; one that takes so long hangs.
+WRITE_TIMEOUT_SECONDS = 5.0
+#: Opening a driver whose GPUs sleep takes seconds for each of them.
+SCAN_TIMEOUT_SECONDS = 30.0
 
 
 class DriverHangsError(Exception):
@@ -53,7 +55,7 @@ class GpuThread:
 
     def scan(self, now_seconds: float) -> Scan:
         """As DriverSession.scan."""
-        return self._call(lambda: self._session.scan(now_seconds))
+        return self._call(lambda: self._session.scan(now_seconds), SCAN_TIMEOUT_SECONDS)
 
     def lock(self, uuid: str, low_mhz: int, high_mhz: int) -> None:
         """As GpuDriver.lock."""
@@ -67,10 +69,10 @@ class GpuThread:
         """Let go of the driver."""
         self._call(self._session.close)
 
-    def _call(self, job: Callable[[], Result]) -> Result:
+    def _call(self, job: Callable[[], Result], timeout_seconds: float = WRITE_TIMEOUT_SECONDS) -> Result:
         try:
-            return self._workers.submit(job).result(GPU_TIMEOUT_SECONDS)
+            return self._workers.submit(job).result(timeout_seconds)
         except TimeoutError:
             raise DriverHangsError(
-                f"the NVIDIA driver has not answered for {GPU_TIMEOUT_SECONDS:.0f} s: see the node's kernel log (Xid)"
+                f"the NVIDIA driver has not answered for {timeout_seconds:.0f} s: see the node's kernel log (Xid)"
             ) from None
