@@ -253,7 +253,9 @@ class Agent:
             journal_problem=self.actuator.journal_problem(now_seconds),
             pending=now_seconds - self._started_seconds < START_SECONDS
             and (
-                self._orders is None or self._holders.holders is None or self._freshness.lease_changed_seconds is None
+                self._orders is None
+                or self._freshness.lease_changed_seconds is None
+                or (bool(self._scan.gpus) and self._holders.holders is None)
             ),
             stopping=self.stopping,
         )
