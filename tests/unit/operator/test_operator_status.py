@@ -1,0 +1,210 @@
+"""Status, conditions, Events and metrics of a policy."""
+
+import dataclasses
+
+import pytest
+from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
+from wattlock_api.base import Condition, timestamp
+from wattlock_api.energypolicy import EnergyPolicyStatus, Limiters
+from wattlock_operator.decide import Memory, decide
+from wattlock_operator.events import REPEAT_SECONDS, tell
+from wattlock_operator.lease import DURATION_SECONDS, LeaseView, may_take
+from wattlock_operator.metrics import Metrics
+from wattlock_operator.settings import SettingsError, from_environment
+
+PODS = (pod("d0", DECODE), pod("p0", PREFILL), agent_pod("n1"))
+
+
+def status_of(
+    gpus=(), instances=(), policies=(), pods=PODS, before: EnergyPolicyStatus | None = None, age_seconds: float = 5
+) -> EnergyPolicyStatus:
+    """The status of policy qwen once its orders are written and acted on."""
+    found = list(policies) or [policy()]
+    found[0] = dataclasses.replace(found[0], status=before)
+    orders = decide(world(found, pods), None, Memory(), NOW).write_orders.get("n1", ())
+    entry = node_energy(gpus=gpus, instances=instances, orders=orders, age_seconds=age_seconds)
+    return decide(world(found, pods, [entry]), None, Memory(), NOW).statuses["uid-qwen"]
+
+
+def condition(status: EnergyPolicyStatus, kind: str) -> Condition:
+    (found,) = [entry for entry in status.conditions if entry.type == kind]
+    return found
+
+
+def state(status: EnergyPolicyStatus, kind: str) -> tuple[str, str]:
+    found = condition(status, kind)
+    return found.status, found.reason
+
+
+def test_numbers_that_nobody_measured_are_absent():
+    (decode, _) = status_of().pools
+    assert decode.pods == 1
+    assert decode.gpus == 0
+    for name in ("power_watts", "energy_kwh", "tokens_per_second", "joules_per_token", "requested_mhz", "observed_mhz"):
+        assert getattr(decode, name) is None, name
+    assert decode.power_cap.verdict.value == "Unknown"
+
+
+def test_a_pool_adds_up():
+    gpus = [
+        gpu(0, power_watts=300, observed_mhz=1590, peak_watts=400, power_limit_watts=700, busy_seconds="50",
+            limiters=Limiters(thermal_seconds="1.5")),
+        gpu(1, power_watts=320, observed_mhz=1575, peak_watts=500, power_limit_watts=650, busy_seconds="50",
+            limiters=Limiters(thermal_seconds="2")),
+    ]  # fmt: skip
+    serving = instance(tokens_per_second="1000", inter_token_latency_ms="12.5", energy_joules="3600000")
+    status = status_of(gpus, [serving])
+    decode = status.pools[0]
+    assert (decode.gpus, decode.locked, decode.power_watts, decode.observed_mhz) == (2, 2, 620, 1575)
+    assert (decode.tokens_per_second, decode.joules_per_token, decode.inter_token_latency_ms) == (
+        "1000.0",
+        "0.6200",
+        "12.50",
+    )
+    assert (decode.energy_kwh, decode.limiters.thermal_seconds) == ("1.000000", "3.5")
+    assert (decode.power_cap.limit_watts, decode.power_cap.peak_watts) == (650, 500)
+    assert (status.summary.clock, status.summary.power, status.summary.observed) == ("1590MHz", "620W", "1575MHz")
+    assert status.summary.joules_per_token == "0.620"
+    assert state(status, "Ready") == ("True", "InForce")
+    assert state(status, "Enforced") == ("True", "Capped")
+
+
+def test_a_silent_node_speaks_of_the_past_only():
+    status = status_of([gpu(power_watts=300)], age_seconds=900)
+    decode = status.pools[0]
+    assert (decode.gpus, decode.locked, decode.power_watts) == (1, 0, None)
+    assert state(status, "Ready") == ("False", "AgentSilent")
+
+
+@pytest.mark.parametrize(
+    ("busy", "capped", "expected"),
+    [("59", "59", "Unknown"), ("60", "0", "Inert"), ("1000", "10", "Inert"), ("1000", "11", "Binding")],
+)
+def test_the_power_cap_is_judged_by_its_share_of_the_busy_time(busy, capped, expected):
+    status = status_of([gpu(busy_seconds=busy, limiters=Limiters(power_cap_seconds=capped))])
+    assert status.pools[0].power_cap.verdict.value == expected
+    wanted = {"Unknown": "Unknown", "Inert": "False", "Binding": "True"}[expected]
+    assert condition(status, "PowerCapBinding").status == wanted
+
+
+@pytest.mark.parametrize(
+    ("pods", "reason", "advice"),
+    [
+        (PODS[:2], "NoAgent", "placement"),
+        ([PODS[2]], "NoMatchingPods", "selector"),
+        ([PODS[0], PODS[2]], "NoMatchingPods", "selector"),
+        ([PODS[0], dataclasses.replace(PODS[1], ready=False), PODS[2]], "NoPrefillPeer", "requirePrefillPeer"),
+        ([dataclasses.replace(PODS[0], wants_gpu=False), *PODS[1:]], "NoGPUs", "selector"),
+    ],
+)
+def test_what_is_wrong_is_said_with_what_to_do(pods, reason, advice):
+    age_seconds = 900 if reason == "NoAgent" else 5
+    ready = condition(status_of(pods=pods, age_seconds=age_seconds), "Ready")
+    assert (ready.status, ready.reason) == ("False", reason)
+    assert advice in ready.message
+
+
+def test_a_tripped_guardrail_names_the_instance():
+    tripped = instance(guardrail_tripped=True, guardrail_message="latency 60 ms, bound 50 ms.")
+    found = condition(status_of([gpu(state="Released", reason="Guardrail")], [tripped]), "GuardrailTripped")
+    assert found.status == "True"
+    assert "d0" in found.message
+    assert "60 ms" in found.message
+
+
+def test_a_clamp_is_a_condition():
+    found = condition(status_of([gpu(clamped=True, observed_mhz=1755, requested_mhz=1980)]), "ClockClamped")
+    assert (found.status, found.reason) == ("True", "BelowRequest")
+    assert "1755 MHz for 1980 MHz" in found.message
+
+
+def test_a_time_moves_only_with_its_status():
+    first = status_of([gpu()])
+    old = [entry.model_copy(update={"last_transition_time": "2020-01-01T00:00:00Z"}) for entry in first.conditions]
+    changed = [entry.model_copy(update={"status": "Unknown"}) if entry.type == "Conflict" else entry for entry in old]
+    again = status_of([gpu()], before=first.model_copy(update={"conditions": changed}))
+    assert condition(again, "Ready").last_transition_time == "2020-01-01T00:00:00Z"
+    assert condition(again, "Conflict").last_transition_time == timestamp(NOW)
+
+
+def test_observing_is_ready_and_caps_nothing():
+    status = status_of([gpu(state="Observing", reason="ObserveMode")], policies=[policy(spec={"mode": "Observe"})])
+    assert state(status, "Ready") == ("True", "Observing")
+    assert state(status, "Enforced") == ("False", "ObserveMode")
+    assert state(status, "Verified")[0] == "Unknown"
+
+
+def events(before, after, told=None, now=NOW):
+    made, memory = tell(policy(), before, after, told or {}, now)
+    return [(telling.reason, telling.warning) for telling in made], memory
+
+
+def one(kind: str, status: str, reason: str) -> list[Condition]:
+    return [Condition(type=kind, status=status, reason=reason, message="m", last_transition_time=timestamp(NOW))]
+
+
+def test_events_tell_changes_once():
+    good, bad = one("GuardrailTripped", "False", "WithinLimits"), one("GuardrailTripped", "True", "Breached")
+    made, told = events(good, bad)
+    assert made == [("Breached", True)]
+    assert events(bad, bad, told)[0] == []
+    made, told = events(bad, good, told, NOW + 1)
+    assert made == [("WithinLimits", False)]
+    assert events(good, bad, told, NOW + 2)[0] == [], "the same reason again within five minutes"
+    assert events(good, bad, told, NOW + REPEAT_SECONDS)[0] == [("Breached", True)]
+
+
+def test_a_new_policy_tells_what_is_wrong_and_not_what_is_unknown():
+    conditions = one("Ready", "False", "NoAgent") + one("Verified", "Unknown", "TooFewPairs")
+    assert events([], conditions)[0] == [("NoAgent", True)]
+
+
+def test_metrics_show_the_last_decision_only():
+    metrics = Metrics()
+    status = status_of([gpu(power_watts=300)])
+    labels = {"namespace": "llm", "policy": "qwen", "pool": "decode", "role": "Decode"}
+    metrics.show([(policy(), status)], leading=True)
+    metrics.wrote("NodeEnergy", "apply")
+    value = metrics.registry.get_sample_value
+    assert value("wattlock_pool_power_watts", labels) == 300
+    assert value("wattlock_pool_locked_gpus", labels) == 1
+    assert value("wattlock_policy_info", {"namespace": "llm", "policy": "qwen", "mode": "Enforce"}) == 1
+    assert value("wattlock_api_writes_total", {"kind": "NodeEnergy", "verb": "apply"}) == 1
+    assert value("wattlock_pool_tokens_per_second", labels) is None
+    metrics.show([], leading=False)
+    assert value("wattlock_pool_power_watts", labels) is None
+
+
+@pytest.mark.parametrize(
+    ("lease", "expected"),
+    [
+        (None, True),
+        (LeaseView("", NOW), True),
+        (LeaseView("me", NOW), True),
+        (LeaseView("other", NOW), False),
+        (LeaseView("other", NOW - DURATION_SECONDS), False),
+        (LeaseView("other", NOW - DURATION_SECONDS - 1), True),
+        (LeaseView("other", None), True),
+    ],
+)
+def test_a_lease_is_taken_only_when_it_is_ours_free_or_expired(lease, expected):
+    assert may_take(lease, "me", NOW) is expected
+
+
+def test_settings_have_defaults():
+    settings = from_environment({"WATTLOCK_NAMESPACE": "wattlock"})
+    assert (settings.agent_namespace, settings.http_port, settings.agent_template) == ("wattlock", 8080, None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "variable"),
+    [
+        ({}, "WATTLOCK_NAMESPACE"),
+        ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_HTTP_PORT": "70000"}, "WATTLOCK_HTTP_PORT"),
+        ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_HTTP_PORT": "http"}, "WATTLOCK_HTTP_PORT"),
+        ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_AGENT_TEMPLATE": "no/such/file"}, "WATTLOCK_AGENT_TEMPLATE"),
+    ],
+)
+def test_a_bad_setting_is_named(environment, variable):
+    with pytest.raises(SettingsError, match=variable):
+        from_environment(environment)
