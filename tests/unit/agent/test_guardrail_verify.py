@@ -1,0 +1,185 @@
+"""Guardrail, lock watch, prompt evidence and staleness: small state machines, each by its transitions."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from wattlock_agent.evidence import PromptEvidence, Work, add_work, computes_prompts, restarted
+from wattlock_agent.guardrail import GuardrailState, is_tripped, latency_window, throughput_pair
+from wattlock_agent.staleness import Freshness, api_answered, lease_read, why_stale
+from wattlock_agent.verify import Finding, LockReading, LockWatch, backoff_seconds, check_lock
+from wattlock_api.constants import STALE_ORDERS_SECONDS
+from wattlock_api.energypolicy import Guardrail
+
+BOUNDS = Guardrail(max_throughput_loss_percent=2, max_inter_token_latency_ms=50, cooldown_seconds=100)
+
+
+def latencies(*milliseconds, bounds=BOUNDS):
+    state = GuardrailState()
+    for number, value in enumerate(milliseconds):
+        state = latency_window(state, bounds, float(number), None if value is None else value / 1000)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("windows", "trips"),
+    [
+        ((60, 60), 1),
+        ((60, 40, 60), 0),
+        ((60, None, 60), 0),
+        ((50, 50, 50), 0),
+        ((60, 60, 60, 60), 1),
+        ((40, 60, 60.1), 1),
+    ],
+)
+def test_two_windows_in_a_row_trip(windows, trips):
+    assert latencies(*windows).trips == trips
+
+
+def test_no_bound_no_trip():
+    assert latencies(900, 900, bounds=Guardrail()).trips == 0
+
+
+def test_a_trip_holds_for_the_cool_down_and_tells_the_numbers():
+    state = latencies(60, 61)
+    assert is_tripped(state, 100.9)
+    assert not is_tripped(state, 101.0)
+    assert "61.0 ms" in state.message
+    assert "50 ms" in state.message
+
+
+def pairs(*ratios):
+    state = GuardrailState()
+    for number, ratio in enumerate(ratios):
+        state = throughput_pair(state, BOUNDS, float(number), ratio)
+    return state
+
+
+def test_a_clear_loss_trips_with_the_fourth_pair():
+    loss = math.log(0.95)
+    assert pairs(loss, loss - 0.001, loss).trips == 0
+    state = pairs(loss, loss - 0.001, loss, loss + 0.001)
+    assert state.trips == 1
+    assert "5.0 %" in state.message
+    assert state.throughput_ratios == ()
+
+
+def test_a_loss_within_the_bound_or_hidden_by_noise_does_not_trip():
+    assert pairs(*[math.log(0.99)] * 30).trips == 0
+    assert pairs(-0.2, 0.15, -0.18, 0.12, -0.2, 0.1).trips == 0
+
+
+def test_only_the_last_ten_pairs_count():
+    state = pairs(*[0.0, 0.001] * 50)
+    assert len(state.throughput_ratios) == 10
+
+
+@given(st.lists(st.floats(-0.019, 0.5), min_size=1, max_size=40))
+def test_no_pair_beyond_the_bound_never_trips(ratios):
+    assert pairs(*ratios).trips == 0
+
+
+def test_false_alarms_are_rare():
+    """No effect at all, 2 % noise, bound 2 %: a trip needs a mean far below it."""
+    import random
+
+    draw = random.Random(4)
+    trips = sum(pairs(*[draw.gauss(0, 0.02) for _ in range(30)]).trips > 0 for _ in range(300))
+    assert trips <= 6
+
+
+def lock_reading(at, sm, busy=True, age=100.0):
+    return LockReading(float(at), sm, busy, 1590, 15, age)
+
+
+def check(watch, *readings):
+    findings = []
+    for each in readings:
+        watch, finding = check_lock(watch, each)
+        findings.append(finding)
+    return watch, findings
+
+
+def test_three_seconds_above_the_cap_under_load_is_a_lost_lock():
+    _, findings = check(LockWatch(), *[lock_reading(t, 1980) for t in range(4)])
+    assert findings == [Finding.FINE] * 3 + [Finding.LOST]
+
+
+@pytest.mark.parametrize(
+    "readings",
+    [
+        [lock_reading(t, 1605) for t in range(20)],
+        [lock_reading(t, 1980, busy=False) for t in range(20)],
+        [lock_reading(t, 1980, age=1.0) for t in range(20)],
+        [lock_reading(t, None) for t in range(20)],
+        [lock_reading(t, 1980 if t % 3 else 1590) for t in range(20)],
+        [lock_reading(10 * t, 1980) for t in range(20)],
+    ],
+    ids=["one-step", "idle", "just-locked", "no-clock", "flicker", "gaps"],
+)
+def test_no_false_alarm(readings):
+    _, findings = check(LockWatch(), *readings)
+    assert set(findings) == {Finding.FINE}
+
+
+def test_the_third_loss_within_ten_minutes_is_a_conflict_and_back_off_doubles():
+    watch = LockWatch()
+    backoffs, ends = [], []
+    for start in (0, 100, 200):
+        watch, findings = check(watch, *[lock_reading(start + t, 1980) for t in range(4)])
+        ends.append(findings[-1])
+        backoffs.append(backoff_seconds(watch))
+        watch = replace(watch, above_since_seconds=None)
+    assert ends == [Finding.LOST, Finding.LOST, Finding.CONFLICT]
+    assert backoffs[:2] == [5.0, 10.0]
+
+
+def test_losses_of_long_ago_are_forgiven():
+    watch = LockWatch()
+    for start in (0, 700, 1400, 2100):
+        watch, findings = check(watch, *[lock_reading(start + t, 1980) for t in range(4)])
+        assert findings[-1] is Finding.LOST
+
+
+def work(evidence, seconds, share, start=0):
+    for at in range(start, start + seconds + 1, 5):
+        evidence = add_work(evidence, Work(float(at), 1000.0 * share * at, 1000.0 * (1 - share) * at))
+    return evidence
+
+
+def test_computed_prompts_are_noticed_after_a_minute_and_forgiven_after_five():
+    evidence = work(PromptEvidence(), 50, 0.3)
+    assert not computes_prompts(evidence, 50)
+    evidence = work(PromptEvidence(), 60, 0.3)
+    assert "30 %" in computes_prompts(evidence, 60)
+    assert computes_prompts(restarted(evidence), 359)
+    assert not computes_prompts(evidence, 360)
+
+
+def test_a_true_decode_instance_is_left_in_peace():
+    assert not computes_prompts(work(PromptEvidence(), 600, 0.05), 600)
+    assert not computes_prompts(work(PromptEvidence(), 600, 0.0), 600)
+
+
+def test_evidence_is_bounded():
+    assert len(work(PromptEvidence(), 10_000, 0.2).recent) <= 64
+
+
+def test_silence_of_either_makes_orders_stale():
+    fresh = lease_read(Freshness(0.0), 0.0, "a", 1.0)
+    assert why_stale(fresh, 10.0) == ""
+    assert "API server" in why_stale(fresh, STALE_ORDERS_SECONDS + 1.0)
+    answered = api_answered(fresh, STALE_ORDERS_SECONDS)
+    assert "lease" in why_stale(answered, STALE_ORDERS_SECONDS + 1.0)
+    renewed = lease_read(answered, float(STALE_ORDERS_SECONDS), "b", None)
+    assert why_stale(renewed, STALE_ORDERS_SECONDS + 1.0) == ""
+
+
+def test_an_old_lease_is_trusted_only_after_it_changed():
+    old = lease_read(Freshness(0.0), 0.0, "a", 5000.0)
+    assert why_stale(old, 1.0)
+    assert why_stale(lease_read(old, 5.0, "a", 5005.0), 5.0)
+    assert why_stale(lease_read(old, 5.0, None, None), 5.0)
+    assert why_stale(lease_read(old, 5.0, "b", 5000.0), 5.0) == "", "clocks of machines need not agree"

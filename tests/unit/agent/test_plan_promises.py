@@ -1,0 +1,274 @@
+"""Properties of the plan: what it must never do, for any state of the world."""
+
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wattlock_agent.gpu.base import GpuIdentity
+from wattlock_agent.holders.base import Holders, PodName
+from wattlock_agent.orders import InstanceKey, Orders, key_of, parse_orders
+from wattlock_agent.plan import AppliedLock, Forget, GpuView, Lock, Refusal, Release, World, plan
+from wattlock_api.constants import GpuState, Mode, Reason
+from wattlock_api.nodeenergy import Order
+from wattlock_api.schedule import Arm, arm_of, epoch_at
+
+CLOCKS = tuple(range(345, 1981, 15))
+PODS = tuple(PodName("llm", f"pod-{number}") for number in range(3))
+
+
+def order_strategy():
+    def build(pod, uid, role, mode, cap, experiment, hold, instance, generation):
+        fields = {
+            "policy": {"namespace": "llm", "name": "p", "uid": "policy", "generation": generation},
+            "pool": "x",
+            "role": role,
+            "pod": {"namespace": pod.namespace, "name": pod.name, "uid": uid},
+            "podUid": uid,
+            "instance": instance,
+            "mode": mode,
+        }
+        if cap is not None:
+            fields["capMHz"] = cap
+        if experiment:
+            fields["experiment"] = {"seed": "s", "epochSeconds": 20, "controlShare": 0.5}
+        if hold:
+            fields["hold"] = {"reason": "NoPrefillPeer", "message": "no prefill pod"}
+        return Order.model_validate(fields)
+
+    return st.builds(
+        build,
+        st.sampled_from(PODS),
+        st.sampled_from(["uid-0", "uid-1", "uid-2", "uid-3"]),
+        st.sampled_from(["Decode", "Decode", "Decode", "Prefill", "Mixed"]),
+        st.sampled_from(["Enforce", "Enforce", "Enforce", "Observe"]),
+        st.sampled_from([None, 100, 345, 1590, 1600, 1980, 5000]),
+        st.booleans(),
+        st.sampled_from([False, False, False, True]),
+        st.sampled_from(["a", "b"]),
+        st.integers(1, 2),
+    )
+
+
+def refusals(reason):
+    return st.sampled_from([None, None, None, None, Refusal(GpuState.RELEASED, reason, "text")])
+
+
+@st.composite
+def worlds(draw):
+    gpus = []
+    for number in range(draw(st.integers(1, 4))):
+        identity = GpuIdentity(
+            uuid=f"GPU-{number}",
+            index=number,
+            minor=number,
+            product="NVIDIA H200",
+            supported_clocks_mhz=draw(st.sampled_from([CLOCKS, CLOCKS, CLOCKS, ()])),
+            mig_enabled=draw(st.sampled_from([False, False, False, True])),
+            virtual=draw(st.sampled_from([False, False, False, True])),
+        )
+        lock = draw(st.sampled_from([None, AppliedLock(1590, "uid-0"), AppliedLock(1200, "uid-1")]))
+        gpus.append(
+            GpuView(
+                identity=identity,
+                lock=lock,
+                recorded=lock is not None or draw(st.booleans()),
+                fault=draw(refusals(Reason.GPU_LOST)),
+                refused=draw(refusals(Reason.NO_PERMISSION)),
+                conflict=draw(refusals(Reason.OTHER_WRITER)),
+                lock_not_before_seconds=draw(st.sampled_from([0.0, 0.0, 103.0])),
+                release_not_before_seconds=draw(st.sampled_from([0.0, 0.0, 103.0])),
+            )
+        )
+    held = {
+        gpu.identity.uuid: tuple(draw(st.lists(st.sampled_from(PODS), min_size=1, max_size=2, unique=True)))
+        for gpu in gpus
+        if draw(st.sampled_from([True, True, True, False]))
+    }
+    shared = frozenset(uuid for uuid in held if draw(st.sampled_from([False, False, False, True])))
+    unknown = {pod: ("MIG-x",) for pod in PODS if draw(st.sampled_from([False] * 5 + [True]))}
+    unique = {order.pod_uid: order for order in draw(st.lists(order_strategy(), max_size=4))}
+    known = draw(st.sampled_from([True, True, True, True, False]))
+    return World(
+        now_seconds=100.0,
+        unix_seconds=draw(st.floats(0, 1000)),
+        mode=draw(st.sampled_from([Mode.ENFORCE, Mode.ENFORCE, Mode.ENFORCE, Mode.OBSERVE])),
+        may_write=draw(st.sampled_from([True, True, True, False])),
+        orders=Orders(1, tuple(unique.values())) if known else None,
+        stale=draw(st.sampled_from(["", "", "", "silent"])),
+        holders=Holders(held, shared, unknown) if draw(st.sampled_from([True, True, True, False])) else None,
+        holders_problem="",
+        gpus=tuple(gpus),
+        holds={
+            InstanceKey("policy", name): Refusal(GpuState.RELEASED, Reason.GUARDRAIL, "slow")
+            for name in ("a", "b")
+            if draw(st.sampled_from([False, False, False, True]))
+        },
+        journal_problem=draw(st.sampled_from(["", "", "", "disk full"])),
+        pending=draw(st.booleans()),
+        stopping=draw(st.sampled_from([False, False, False, True])),
+    )
+
+
+def may_be_locked(world, gpu):
+    """The promise once more, in the plainest words."""
+    if world.orders is None or world.holders is None or world.stale or world.stopping or world.journal_problem:
+        return False
+    if world.mode is not Mode.ENFORCE or not world.may_write:
+        return False
+    uuid = gpu.identity.uuid
+    pods = world.holders.pods.get(uuid, ())
+    if len(pods) != 1 or uuid in world.holders.shared or pods[0] in world.holders.unknown:
+        return False
+    orders = [order for order in world.orders.orders if order.pod.name == pods[0].name]
+    if len(orders) != 1:
+        return False
+    order = orders[0]
+    if order.role != "Decode" or order.mode != "Enforce" or order.cap_mhz is None or order.hold is not None:
+        return False
+    if key_of(order) in world.holds or gpu.conflict or gpu.fault or gpu.refused:
+        return False
+    if gpu.identity.mig_enabled or gpu.identity.virtual:
+        return False
+    if order.experiment is not None:
+        experiment = order.experiment.experiment()
+        if arm_of(experiment, order.instance, epoch_at(experiment, world.unix_seconds)) is not Arm.CAP:
+            return False
+    return any(clock <= order.cap_mhz for clock in gpu.identity.supported_clocks_mhz)
+
+
+@settings(max_examples=250, deadline=None)
+@given(worlds())
+def test_locks_only_what_was_chosen_and_only_as_far(world):
+    decisions = plan(world)
+    assert set(decisions) == {gpu.identity.uuid for gpu in world.gpus}
+    for gpu in world.gpus:
+        decision = decisions[gpu.identity.uuid]
+        if isinstance(decision.action, Lock) or decision.reason == Reason.LOCKED:
+            assert may_be_locked(world, gpu)
+        if isinstance(decision.action, Lock):
+            assert decision.action.cap_mhz in gpu.identity.supported_clocks_mhz
+            assert decision.action.cap_mhz <= decision.order.cap_mhz
+            assert decision.action.low_mhz == gpu.identity.supported_clocks_mhz[0]
+            assert gpu.lock_not_before_seconds <= world.now_seconds
+            assert not decision.settled
+
+
+@settings(max_examples=250, deadline=None)
+@given(worlds())
+def test_undoes_every_lock_that_is_not_wanted_and_no_other(world):
+    decisions = plan(world)
+    for gpu in world.gpus:
+        decision = decisions[gpu.identity.uuid]
+        if isinstance(decision.action, Release):
+            assert gpu.recorded, "a GPU without our record is never reset"
+            assert world.mode is Mode.ENFORCE
+            assert gpu.conflict is None, "another writer's lock is not ours to undo"
+        if isinstance(decision.action, Forget):
+            assert gpu.conflict is not None
+        can_undo = world.mode is Mode.ENFORCE and world.may_write and gpu.fault is None
+        waits = (world.pending and not world.stopping) or gpu.release_not_before_seconds > world.now_seconds
+        wanted = decision.reason in (Reason.LOCKED, Reason.WAITING_TO_WRITE)
+        if gpu.recorded and gpu.conflict is None and can_undo and not waits and not wanted:
+            assert isinstance(decision.action, Release)
+
+
+@settings(max_examples=250, deadline=None)
+@given(worlds())
+def test_gpus_of_an_instance_act_alike(world):
+    decisions = plan(world)
+    by_instance = defaultdict(list)
+    for decision in decisions.values():
+        if decision.order is not None and decision.order.cap_mhz is not None and decision.order.mode == "Enforce":
+            by_instance[key_of(decision.order)].append(decision)
+    for group in by_instance.values():
+        about_the_gpu = {Reason.MIG_ENABLED, Reason.VIRTUAL_GPU, Reason.CLOCKS_NOT_SUPPORTED, Reason.OTHER_WRITER}
+        if any(each.reason in about_the_gpu for each in group):
+            assert not any(isinstance(each.action, Lock) or each.reason == Reason.LOCKED for each in group)
+        locking = [isinstance(each.action, Lock) for each in group if each.reason == Reason.WAITING_TO_WRITE]
+        assert len(set(locking)) <= 1
+
+
+@settings(max_examples=120, deadline=None)
+@given(worlds())
+def test_a_stale_or_stopping_agent_holds_nothing(world):
+    for changed in (replace(world, stale="silent"), replace(world, stopping=True)):
+        for decision in plan(changed).values():
+            assert not isinstance(decision.action, Lock)
+            assert decision.reason != Reason.LOCKED
+
+
+@settings(max_examples=120, deadline=None)
+@given(worlds())
+def test_every_decision_explains_itself(world):
+    for decision in plan(world).values():
+        assert decision.reason
+        assert decision.message
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "state"),
+    [
+        ({"mode": "Observe"}, "ObserveMode", "Observing"),
+        ({"role": "Prefill", "capMHz": None}, "PrefillPool", "Released"),
+        ({"role": "Mixed", "capMHz": None}, "MixedPool", "Released"),
+        ({"capMHz": 300}, "UnsupportedClock", "Unsupported"),
+        ({"capMHz": None, "hold": {"reason": "NoPrefillPeer", "message": "none"}}, "NoPrefillPeer", "Released"),
+    ],
+)
+def test_refusals_say_why(make_gpu, make_order, change, reason, state):
+    world = lone_world(make_gpu(), make_order(**change))
+    decision = plan(world)["GPU-0"]
+    assert (decision.reason, decision.state) == (reason, state)
+    assert decision.action is None
+    assert decision.settled
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [({"mig_enabled": True}, "MIGEnabled"), ({"virtual": True}, "VirtualGPU")]
+)
+def test_unsuitable_gpus_are_refused(make_gpu, make_order, change, reason):
+    decision = plan(lone_world(make_gpu(**change), make_order()))["GPU-0"]
+    assert (decision.reason, decision.state, decision.action) == (reason, "Unsupported", None)
+
+
+def test_two_orders_for_one_pod_name_lock_nothing(make_gpu, make_order):
+    pod = {"namespace": "llm", "name": "decode-0", "uid": "new"}
+    newer = Order.model_validate(make_order().to_api() | {"pod": pod, "podUid": "new"})
+    decision = plan(lone_world(make_gpu(), make_order(), newer))["GPU-0"]
+    assert (decision.reason, decision.action) == ("HolderChanged", None)
+
+
+def test_a_pod_that_replaces_another_gets_a_lock_of_its_own(make_gpu, make_order):
+    world = lone_world(make_gpu(), make_order())
+    view = replace(world.gpus[0], lock=AppliedLock(1590, "an older pod"), recorded=True)
+    decision = plan(replace(world, gpus=(view,)))["GPU-0"]
+    assert decision.action == Lock(345, 1590)
+
+
+def lone_world(gpu, *orders):
+    return World(
+        now_seconds=100.0,
+        unix_seconds=0.0,
+        mode=Mode.ENFORCE,
+        may_write=True,
+        orders=Orders(1, orders),
+        stale="",
+        holders=Holders({gpu.uuid: (PodName("llm", "decode-0"),)}, frozenset(), {}),
+        holders_problem="",
+        gpus=(GpuView(gpu),),
+        holds={},
+        journal_problem="",
+        pending=False,
+    )
+
+
+def test_unreadable_orders_spoil_no_other(make_order):
+    good = make_order().to_api()
+    spec = {"orders": [good | {"role": "Sings", "podUid": "x"}, good, good, "text"]}
+    orders = parse_orders(7, spec)
+    assert [order.pod_uid for order in orders.orders] == ["uid-decode-0"]
+    assert len(orders.unreadable) == 3
+    assert parse_orders(1, {"orders": "text"}).unreadable
+    assert parse_orders(1, None).unreadable
