@@ -94,6 +94,10 @@ class ApiClient:
         finally:
             response.close()
 
+    def close(self) -> None:
+        """Close the connection."""
+        self._pool.clear()
+
     def _request(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] = {}) -> Json:
         response = self._send(method, path, body, headers, READ_TIMEOUT_SECONDS)
         try:

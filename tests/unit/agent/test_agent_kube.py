@@ -1,0 +1,202 @@
+"""The API client and its two threads against a small HTTP server that plays the API server."""
+
+import json
+import queue
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from wattlock_agent.api_client import ApiClient, ApiError
+from wattlock_agent.kube import ApiAnswered, LeaseSeen, OrdersSeen, OrderWatch, StatusLink, StatusWritten
+from wattlock_agent.orders import NO_ORDERS
+from wattlock_api.nodeenergy import NodeEnergyStatus
+
+PATH = "/apis/wattlock.dev/v1alpha1/nodeenergies"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.requests.append(("GET", self.path, self.headers["Authorization"], None))
+        answer = self.server.answers.get(self.path.partition("?")[0] + ("?watch" if "watch=1" in self.path else ""))
+        self.reply(*(answer or (404, {"message": "not found"})))
+
+    def do_PATCH(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append(("PATCH", self.path, self.headers["Content-Type"], json.loads(body)))
+        self.reply(*self.server.answers.get("PATCH", (200, {})))
+
+    def reply(self, status, content):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.answers, server.requests = {}, []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def client(server, tmp_path):
+    (tmp_path / "token").write_text("secret\n")
+    (tmp_path / "ca.crt").write_text("")
+    client = ApiClient(f"http://127.0.0.1:{server.server_port}", tmp_path)
+    yield client
+    client.close()
+
+
+def node_energy(make_order, generation=3, status=None):
+    return {
+        "metadata": {"uid": "u", "generation": generation, "resourceVersion": "17"},
+        "spec": {"orders": [make_order().to_api()]},
+        **({"status": status} if status else {}),
+    }
+
+
+def events_of(post):
+    events = []
+    while not post.empty():
+        events.append(post.get())
+    return events
+
+
+def test_a_missing_object_means_no_orders(server, client):
+    post = queue.SimpleQueue()
+    assert OrderWatch(client, "node-1", post.put).follow() is False
+    assert events_of(post) == [OrdersSeen(NO_ORDERS)]
+    assert server.requests[0][1:3] == (f"{PATH}/node-1", "Bearer secret")
+
+
+def test_follows_changes_and_ignores_its_own_status(server, client, make_order):
+    post = queue.SimpleQueue()
+    old, new = node_energy(make_order, status={"locked": 1}), node_energy(make_order, generation=4)
+    watch_events = [
+        {"type": "MODIFIED", "object": old},
+        {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "18"}}},
+        {"type": "MODIFIED", "object": new},
+        {"type": "DELETED", "object": new},
+    ]
+    server.answers = {
+        f"{PATH}/node-1": (200, old),
+        f"{PATH}?watch": (200, b"\n".join(json.dumps(event).encode() for event in watch_events) + b"\n"),
+    }
+    assert OrderWatch(client, "node-1", post.put).follow() is False
+    first, own, bookmark, changed, deleted = events_of(post)
+    assert (first.orders.generation, len(first.orders.orders), first.status) == (3, 1, {"locked": 1})
+    assert own == bookmark == ApiAnswered()
+    assert (changed.orders.generation, changed.status) == (4, None)
+    assert deleted == OrdersSeen(NO_ORDERS)
+    query = server.requests[1][1]
+    assert "fieldSelector=metadata.name=node-1" in query
+    assert "resourceVersion=17" in query
+    assert "timeoutSeconds=" in query
+
+
+def test_an_expired_watch_starts_over(server, client, make_order):
+    post = queue.SimpleQueue()
+    error = json.dumps({"type": "ERROR", "object": {"code": 410}}).encode() + b"\n"
+    server.answers = {f"{PATH}/node-1": (200, node_energy(make_order)), f"{PATH}?watch": (200, error)}
+    watch = OrderWatch(client, "node-1", post.put)
+    assert watch.follow() is True
+    assert watch.follow() is True
+    assert [type(event) for event in events_of(post)] == [OrdersSeen, ApiAnswered]
+
+
+@pytest.mark.parametrize("answer", [(500, b"oops"), (200, b"not json"), (200, b"[1]"), (403, b'{"message": "no"}')])
+def test_answers_that_cannot_be_used_are_errors(server, client, answer):
+    server.answers = {f"{PATH}/node-1": answer}
+    with pytest.raises(ApiError, match="node-1"):
+        client.get(f"{PATH}/node-1")
+
+
+def test_a_broken_watch_is_an_error(server, client):
+    server.answers = {f"{PATH}?watch": (200, b'{"type": "MODI\n')}
+    with pytest.raises(ApiError):
+        list(client.watch(f"{PATH}?watch=1"))
+
+
+def test_no_server_is_an_error_within_the_time_out(tmp_path):
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "ca.crt").write_text("")
+    client = ApiClient("http://127.0.0.1:1", tmp_path)
+    with pytest.raises(ApiError, match="does not answer"):
+        client.get("/x")
+    client.close()
+
+
+def test_a_missing_token_is_explained(server, tmp_path):
+    client = ApiClient(f"http://127.0.0.1:{server.server_port}", tmp_path)
+    with pytest.raises(ApiError, match="token"):
+        client.get("/x")
+    client.close()
+
+
+def link(client, post):
+    return StatusLink(client, "node-1", "wattlock", post.put)
+
+
+def test_writes_the_status_as_its_field_manager(server, client):
+    post = queue.SimpleQueue()
+    link(client, post).write(NodeEnergyStatus(observed_generation=5, locked=2))
+    assert events_of(post) == [StatusWritten("")]
+    method, path, content_type, body = server.requests[0]
+    assert (method, path) == ("PATCH", f"{PATH}/node-1/status?fieldManager=wattlock-agent")
+    assert content_type == "application/merge-patch+json"
+    assert body["status"]["observedGeneration"] == 5
+    assert set(body) == {"status"}
+
+
+@pytest.mark.parametrize(("status", "missing"), [(404, True), (403, False)])
+def test_tells_a_missing_object_from_a_refusal(server, client, status, missing):
+    post = queue.SimpleQueue()
+    server.answers = {"PATCH": (status, {"message": "no"})}
+    link(client, post).write(NodeEnergyStatus())
+    (event,) = events_of(post)
+    assert event.problem
+    assert event.missing is missing
+
+
+@pytest.mark.parametrize(
+    ("spec", "renewal"),
+    [
+        ({"renewTime": "2026-01-01T00:00:00.000000Z"}, "2026-01-01T00:00:00.000000Z"),
+        ({}, None),
+        ({"renewTime": "x"}, None),
+    ],
+)
+def test_reads_the_lease(server, client, spec, renewal):
+    post = queue.SimpleQueue()
+    server.answers = {
+        "/apis/coordination.k8s.io/v1/namespaces/wattlock/leases/wattlock-operator": (200, {"spec": spec})
+    }
+    link(client, post).read_lease()
+    (event,) = events_of(post)
+    assert isinstance(event, LeaseSeen)
+    assert event.renewal == renewal
+    assert (event.age_seconds is None) == (renewal is None)
+
+
+def test_drain_waits_for_the_newest_status(server, client):
+    post = queue.SimpleQueue()
+    status_link = link(client, post)
+    status_link.put(NodeEnergyStatus(locked=1))
+    status_link.put(NodeEnergyStatus(locked=2))
+    assert not status_link.drain(0.01)
+    threading.Thread(target=status_link.run, daemon=True).start()
+    assert status_link.drain(5)
+    patches = [body["status"]["locked"] for method, _, _, body in server.requests if method == "PATCH"]
+    assert patches == [2]
