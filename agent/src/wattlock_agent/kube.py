@@ -75,11 +75,16 @@ class OrderWatch:
         self._post = post
         self._seen: tuple[str, int] | None = None
         self._first = True
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """End ``run`` after the request in progress."""
+        self._closed.set()
 
     def run(self) -> None:
-        """Follow for ever."""
+        """Follow until closed."""
         backoff_seconds = 1.0
-        while True:
+        while not self._closed.is_set():
             started_seconds = time.monotonic()
             try:
                 exists = self.follow()
@@ -91,7 +96,7 @@ class OrderWatch:
                 pause_seconds = backoff_seconds
                 backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
                 _log.warning("orders: %s; trying again in %.0f s", error, pause_seconds)
-            time.sleep(pause_seconds * random.uniform(0.7, 1.3))  # noqa: S311 - spreads load, guards nothing
+            self._closed.wait(pause_seconds * random.uniform(0.7, 1.3))  # noqa: S311 - spreads load, guards nothing
 
     def follow(self) -> bool:
         """Read the object, then watch it until the server ends the watch. Returns whether it exists.
@@ -152,6 +157,7 @@ class StatusLink:
         self._next: NodeEnergyStatus | None = None
         self._wake = threading.Condition()
         self._writing = False
+        self._closed = False
         self._renewal: str | None = None
         self._lease_changed = False
 
@@ -166,12 +172,20 @@ class StatusLink:
         with self._wake:
             return self._wake.wait_for(lambda: self._next is None and not self._writing, timeout_seconds)
 
+    def close(self) -> None:
+        """End ``run`` after the request in progress."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+
     def run(self) -> None:
-        """Serve for ever."""
+        """Serve until closed."""
         lease_due_seconds = time.monotonic()
-        while True:
+        while not self._closed:
             with self._wake:
-                self._wake.wait_for(lambda: self._next is not None, max(0.0, lease_due_seconds - time.monotonic()))
+                self._wake.wait_for(
+                    lambda: self._next is not None or self._closed, max(0.0, lease_due_seconds - time.monotonic())
+                )
                 status, self._next = self._next, None
                 self._writing = status is not None
             if status is not None:

@@ -126,6 +126,16 @@ class Loop:
         except Exception:
             _log.exception("unexpected failure, releasing all GPUs")
             return self._fail(EXIT_FAILED)
+        finally:
+            for each in (self._watch, self._status, self._kubelet_workers, self._scrape_workers):
+                each.close()
+            if server is not None:
+                server.shutdown()
+                server.server_close()
+
+    def stop(self) -> None:
+        """Make ``run`` release all GPUs and return; may be called from any thread and from a signal handler."""
+        self._events.put(None)
 
     @staticmethod
     def _clock() -> Clock:

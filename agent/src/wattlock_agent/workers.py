@@ -27,7 +27,8 @@ class Workers:
     """A few threads that take one job after the other."""
 
     def __init__(self, name: str, threads: int = 1) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._threads = threads
         for number in range(threads):
             threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True).start()
 
@@ -37,9 +38,14 @@ class Workers:
         self._jobs.put((future, job))
         return future
 
+    def close(self) -> None:
+        """End the threads after the jobs that wait."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
+
     def _serve(self) -> None:
-        while True:
-            future, job = self._jobs.get()
+        while (work := self._jobs.get()) is not None:
+            future, job = work
             try:
                 future.set_result(job())
             except BaseException as error:  # handed to whoever waits for it
@@ -66,8 +72,9 @@ class GpuThread:
         self._call(lambda: self._session.reset(uuid))
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Let go of the driver and end the thread."""
         self._call(self._session.close)
+        self._workers.close()
 
     def _call(self, job: Callable[[], Result], timeout_seconds: float = WRITE_TIMEOUT_SECONDS) -> Result:
         try:

@@ -1,0 +1,170 @@
+"""The running loop: real threads and time, fake GPUs; no API server answers."""
+
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+from wattlock_agent.__main__ import main
+from wattlock_agent.gpu.base import GpuFault
+from wattlock_agent.holders.base import Holders, KubeletError, PodName
+from wattlock_agent.http_server import AgentServer
+from wattlock_agent.kube import LeaseSeen, OrdersSeen
+from wattlock_agent.loop import EXIT_DRIVER_MISMATCH, EXIT_FAILED, EXIT_OK, Loop
+from wattlock_agent.orders import Orders
+from wattlock_agent.serving.base import ScrapeFailure
+from wattlock_agent.settings import Settings
+from wattlock_api.constants import Mode
+
+
+class FakeKubelet:
+    def __init__(self):
+        self.error = None
+
+    def holders(self, gpus):
+        if self.error is not None:
+            raise self.error
+        return Holders({gpu.uuid: (PodName("llm", f"decode-{gpu.index}"),) for gpu in gpus}, frozenset(), {})
+
+
+class FakeScraper:
+    def scrape(self, url):
+        return ScrapeFailure(time.monotonic(), "MetricsUnreachable", f"{url}: nobody there")
+
+
+@pytest.fixture
+def make_loop(make_node, tmp_path, monkeypatch):
+    # Signal handlers can only be set in the main thread; these loops run in others.
+    monkeypatch.setattr("wattlock_agent.loop.signal.signal", lambda *_: None)
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "ca.crt").write_text("")
+
+    def make(mode=Mode.ENFORCE):
+        node = make_node()
+        settings = Settings(
+            node_name="node-1",
+            pod_name="agent-x",
+            operator_namespace="wattlock",
+            state_directory=tmp_path,
+            kubelet_socket=tmp_path / "kubelet.sock",
+            http_port=0,
+            mode=mode,
+            api_server="http://127.0.0.1:1",
+            service_account_directory=tmp_path,
+        )
+        kubelet = FakeKubelet()
+        return Loop(settings, node.driver, kubelet, FakeScraper(), node.journal, "boot-1", "1.2.3"), node, kubelet
+
+    return make
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "waited for ten seconds"
+        time.sleep(0.005)
+
+
+@contextmanager
+def running(loop):
+    """Run the loop in a thread; its exit status is appended to the list."""
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(loop.run()))
+    thread.start()
+    try:
+        yield statuses
+    finally:
+        loop.stop()
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def give_orders(loop, *orders, generation=1):
+    loop._events.put(LeaseSeen("now", 0.5))
+    loop._events.put(OrdersSeen(Orders(generation, orders)))
+
+
+def test_locks_soon_and_releases_at_the_stop_without_an_api_server(make_loop, make_order):
+    loop, node, _ = make_loop()
+    with running(loop) as statuses:
+        wait_for(lambda: loop.board.snapshot.status.gpus)
+        began = time.monotonic()
+        give_orders(loop, make_order())
+        wait_for(lambda: node.locked() == {"GPU-0"})
+        assert time.monotonic() - began < 2
+        wait_for(lambda: loop.board.snapshot.ready)
+        assert set(node.journal.disk) == {"GPU-0"}
+        loop.stop()
+        wait_for(lambda: statuses)
+    assert statuses == [EXIT_OK]
+    assert node.locked() == set()
+    assert node.journal.disk == {}
+
+
+def test_serves_its_probes(make_loop, monkeypatch):
+    servers = []
+
+    class RememberedServer(AgentServer):
+        def start(self):
+            servers.append(self)
+            super().start()
+
+    monkeypatch.setattr("wattlock_agent.loop.AgentServer", RememberedServer)
+    loop, _, _ = make_loop()
+    with running(loop):
+        wait_for(lambda: loop.board.snapshot.status.gpus)
+        with urllib.request.urlopen(f"http://127.0.0.1:{servers[0].server_port}/healthz", timeout=5) as response:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"), [(RuntimeError("bug"), EXIT_FAILED), (GpuFault.DRIVER_MISMATCH, EXIT_DRIVER_MISMATCH)]
+)
+def test_an_unexpected_end_releases_everything_and_says_so(make_loop, make_order, fault, status):
+    loop, node, kubelet = make_loop()
+    with running(loop) as statuses:
+        give_orders(loop, make_order(), make_order("decode-1"))
+        wait_for(lambda: node.locked() == {"GPU-0", "GPU-1"})
+        if isinstance(fault, RuntimeError):
+            kubelet.error = fault
+            give_orders(loop, make_order(), make_order("decode-1"), generation=2)
+        else:
+            node.driver.faults["GPU-0"] = fault
+        wait_for(lambda: statuses)
+    assert statuses == [status]
+    assert node.locked() == set()
+    assert node.journal.disk == {}
+
+
+def test_a_kubelet_that_does_not_answer_is_no_failure(make_loop, make_order):
+    loop, node, kubelet = make_loop()
+    kubelet.error = KubeletError("no socket")
+    with running(loop) as statuses:
+        give_orders(loop, make_order())
+        wait_for(lambda: loop.board.snapshot.status.agent.message == "no socket")
+        assert not statuses
+    assert node.driver.log == []
+
+
+def test_observe_mode_stops_without_a_write(make_loop, make_order):
+    loop, node, _ = make_loop(Mode.OBSERVE)
+    with running(loop) as statuses:
+        give_orders(loop, make_order())
+        wait_for(lambda: loop.board.snapshot.ready)
+        assert loop.board.snapshot.status.gpus[0].reason == "ObserveMode"
+        loop.stop()
+        wait_for(lambda: statuses)
+    assert statuses == [EXIT_OK]
+    assert node.driver.log == []
+
+
+def test_bad_settings_end_the_command_with_a_sentence(capsys, monkeypatch):
+    monkeypatch.delenv("NODE_NAME", raising=False)
+    assert main(["run"]) == 2
+    assert "NODE_NAME" in capsys.readouterr().err
+
+
+def test_reset_without_records_needs_no_driver(capsys, tmp_path):
+    assert main(["reset", "--state-dir", str(tmp_path / "state")]) == 0
+    assert "no lock" in capsys.readouterr().out
