@@ -27,6 +27,8 @@ class Facts:
     release: Release | None = None
     """Present while the policy is being deleted."""
     template_problem: str = ""
+    young: bool = False
+    """The policy is so new that its agents may still be starting."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def _ready(facts: Facts) -> Finding:
         return Finding(kind, False, Reason.POLICY_CONFLICT.value, _dispute_sentence(facts))
     found = _reason_in(facts.pools, _NOT_READY)
     if found is not None:
-        return Finding(kind, False, *found)
+        reason, message = found
+        starting = facts.young and reason in (Reason.NO_AGENT.value, Reason.AGENT_SILENT.value)
+        return Finding(kind, False, "WaitingForAgents" if starting else reason, message)
     if facts.lagging_nodes:
         return Finding(kind, False, "WaitingForAgents", _lagging_sentence(facts))
     if policy.spec.mode is Mode.OBSERVE:

@@ -1,8 +1,9 @@
 """Kopf handlers: watch events go into the store; a deleted policy waits until its GPUs are released."""
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import kopf
@@ -19,6 +20,13 @@ _WATCHED: tuple[tuple[tuple[str, ...], Kind], ...] = (
 )
 
 
+class _Backoffs:
+    """Pauses between attempts to reach the API server, in seconds, without an end: an outage must not end Kopf."""
+
+    def __iter__(self) -> Iterator[float]:
+        return itertools.chain((1.0, 1.0, 2.0, 3.0, 5.0), itertools.repeat(10.0))
+
+
 def configure(settings: kopf.OperatorSettings) -> None:
     """Set what Kopf does by itself: bounded watches, no log lines as Events, our own names on policies."""
     settings.posting.enabled = False
@@ -29,6 +37,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.watching.connect_timeout = 30
     settings.watching.reconnect_backoff = 1.0
     settings.networking.request_timeout = 30
+    settings.networking.error_backoffs = _Backoffs()
     settings.watching.chunk_size = 500
     settings.execution.max_workers = 2
     settings.queueing.worker_limit = 64

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from wattlock_api.base import parse_timestamp
 from wattlock_api.constants import Mode, Role, SavingsVerdict
 from wattlock_api.energypolicy import EnergyPolicyStatus, PoolStatus, Summary
 
@@ -15,6 +16,9 @@ from wattlock_operator.release import Release
 from wattlock_operator.reports import PoolKey, PoolReport, number
 from wattlock_operator.savings import Finding, find_saving, with_totals
 from wattlock_operator.world import PolicyView, World
+
+#: Agents that start for a new policy are given this time before their absence is a warning.
+STARTING_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,13 @@ def summary(policy: PolicyView, pools: Sequence[PoolStatus], findings: Sequence[
     )
 
 
+def _is_young(policy: PolicyView, now_seconds: float) -> bool:
+    try:
+        return now_seconds - parse_timestamp(policy.created) < STARTING_SECONDS
+    except ValueError:
+        return False
+
+
 def _sums(pool: PoolStatus | None) -> Sums:
     def known(text: str | None) -> float | None:
         return None if text is None else number(text)
@@ -134,6 +145,7 @@ def report_policy(
         lagging_nodes=lagging_nodes(world, orders, policy.uid),
         release=release,
         template_problem=template_problem,
+        young=_is_young(policy, now_seconds),
     )
     times = [report.measured_at for report in pool_reports if report.measured_at]
     status = EnergyPolicyStatus(

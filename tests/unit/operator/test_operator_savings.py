@@ -136,6 +136,11 @@ def test_savings_grow_with_the_capped_energy_only_while_verified():
     assert advance(verified, counted(300, 240), None).saved_joules == pytest.approx(20)
 
 
+def test_an_arm_that_begins_anew_never_takes_savings_back():
+    account = run(Account(), counted(100, 80), counted(200, 30), effect=LOG_08)
+    assert account.saved_joules == pytest.approx((80 + 30) * 0.25)
+
+
 def test_an_account_goes_on_after_a_restart():
     sums = Sums(energy_kwh=2.0, saved_kwh=0.5, counted_joules=100)
     account = run(opening(counted(130, 90), sums), counted(130, 90), counted(140, 95), effect=LOG_08)

@@ -104,6 +104,13 @@ def test_what_is_wrong_is_said_with_what_to_do(pods, reason, advice):
     assert advice in ready.message
 
 
+def test_agents_of_a_new_policy_are_given_time_to_start():
+    young = policy(created=timestamp(NOW - 10))
+    ready = condition(status_of(policies=[young], pods=PODS[:2], age_seconds=900), "Ready")
+    assert (ready.status, ready.reason) == ("False", "WaitingForAgents")
+    assert "no Wattlock agent runs on node n1" in ready.message
+
+
 def test_a_tripped_guardrail_names_the_instance():
     tripped = instance(guardrail_tripped=True, guardrail_message="latency 60 ms, bound 50 ms.")
     found = condition(status_of([gpu(state="Released", reason="Guardrail")], [tripped]), "GuardrailTripped")
