@@ -18,7 +18,7 @@ ROOT = HERE.parents[1]
 NAMESPACE, POLICY, SYSTEM = "llm", "qwen", "wattlock-system"
 #: What serving.yaml runs, for the simulator's true saving.
 WORKLOAD = ("--product", "H200", "--architecture", "GQA", "--batch", "32", "--context", "4096")
-CAP_MHZ, CLAMPED_REQUEST_MHZ = 1590, 1900
+CAP_MHZ, CLAMPED_REQUEST_MHZ, CLAMP_MHZ = 1590, 1900, 1830
 DECODE_GPUS, PREFILL_GPUS = 6, 2
 
 COLOUR = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -149,7 +149,7 @@ def enforce() -> dict[str, Any]:
     shown("kubectl", "-n", NAMESPACE, "patch", "epol", POLICY, "--type=merge", "-p", '{"spec":{"mode":"Enforce"}}')
     print(
         "  In randomly drawn epochs of 20 s a GPU is released for comparison, so LOCKED goes up and down.\n"
-        "  Six pairs of epochs take about two minutes."
+        "  Enough pairs of epochs take a minute or two."
     )
     status = watch("the saving is Verified", lambda s: condition(s, "Verified").get("status") == "True", 600)
     truth = true_saving_percent(CAP_MHZ)
@@ -190,12 +190,14 @@ def clamp() -> None:
     shown("kubectl", "-n", NAMESPACE, "patch", "epol", POLICY, "--type=json", "-p", json.dumps(patch))
     status = watch(
         "the clamp is reported",
-        lambda s: condition(s, "ClockClamped").get("status") == "True",
-        180,
+        lambda s: (
+            condition(s, "ClockClamped").get("status") == "True" and pool(s, "decode").get("clampedGPUs") == DECODE_GPUS
+        ),
+        240,
     )
     decode = pool(status, "decode")
     check(
-        decode["observedMHz"] < decode["requestedMHz"],
+        decode["observedMHz"] == CLAMP_MHZ,
         f"requested {decode['requestedMHz']} MHz, observed {decode['observedMHz']} MHz, {decode['clampedGPUs']} GPUs: "
         + condition(status, "ClockClamped")["message"],
     )

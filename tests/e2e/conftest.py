@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-from installed import install, simulator, wattlock, workload
+from installed import install, serving_pods, shared_workload, simulator, wattlock, workload
 from kubectl_tool import Kubectl
 from workloads import SYSTEM
 
-__all__ = ["install", "simulator", "wattlock", "workload"]
+__all__ = ["install", "serving_pods", "shared_workload", "simulator", "wattlock", "workload"]
 
 
 @pytest.fixture(autouse=True)

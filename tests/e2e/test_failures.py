@@ -12,12 +12,6 @@ def edited(policy, **spec):
     return policy | {"spec": policy["spec"] | spec}
 
 
-@pytest.fixture
-def serving_pods(workload):
-    workload.deploy(serving("decode", 2), serving("prefill", 1))
-    return workload
-
-
 def decode_clock(policy, **clock):
     decode, prefill = policy["spec"]["pools"]
     return policy | {"spec": policy["spec"] | ALWAYS | {"pools": [decode | {"clock": clock}, prefill]}}

@@ -15,17 +15,11 @@ def edited(policy, **spec):
     return policy | {"spec": policy["spec"] | spec}
 
 
-@pytest.fixture
-def serving_pods(workload):
-    """Two decode pods and a prefill pod, one GPU each."""
-    workload.deploy(serving("decode", 2), serving("prefill", 1))
-    return workload
-
-
 def test_decode_is_capped_prefill_left_alone_and_both_are_measured(serving_pods, simulator, good_policy):
     workload = serving_pods
     decode, prefill = workload.gpus("decode"), workload.gpus("prefill")
     assert len(decode) == 2
+    before = len(simulator.writes())
     workload.kubectl.apply(edited(good_policy, **ALWAYS))
     eventually("the driver has a lock on every decode GPU", lambda: simulator.locked() == decode, 30)
     status = eventually(
@@ -43,7 +37,7 @@ def test_decode_is_capped_prefill_left_alone_and_both_are_measured(serving_pods,
     assert "requestedMHz" not in left_alone
     assert workload.condition("Ready")["status"] == "True"
     assert workload.condition("Enforced")["status"] == "True"
-    writes = simulator.writes()
+    writes = simulator.writes()[before:]
     assert not [write for write in writes if write.uuid in prefill], "a prefill GPU was written to"
     assert {write.arguments for write in writes if write.locks and write.uuid in decode} == {(345, 1590)}
 
@@ -106,24 +100,37 @@ def test_switching_to_observe_releases(serving_pods, simulator, good_policy):
     eventually("decode is released", lambda: not simulator.locked(), 30)
 
 
+def test_raising_the_cap_is_no_clamp(serving_pods, simulator, good_policy):
+    workload = serving_pods
+    workload.kubectl.apply(edited(good_policy, **ALWAYS))
+    eventually("the cap is observed", lambda: workload.pool("decode").get("observedMHz") == 1590, 60)
+    good_policy["spec"]["pools"][0]["clock"] = {"maxSMClockMHz": 1800}
+    workload.kubectl.apply(edited(good_policy, **ALWAYS))
+    eventually("the new cap is observed", lambda: workload.pool("decode").get("observedMHz") == 1800, 60)
+    assert workload.pool("decode")["clampedGPUs"] == 0
+    assert float(workload.pool("decode")["clampSeconds"]) == 0
+
+
 def test_a_clamp_is_reported(serving_pods, simulator, good_policy):
     workload = serving_pods
     good_policy["spec"]["pools"][0]["clock"] = {"maxSMClockMHz": 1900}
     workload.kubectl.apply(edited(good_policy, **ALWAYS))
     eventually("the clamp is reported", lambda: workload.condition("ClockClamped").get("status") == "True", 90)
+    eventually("on both GPUs", lambda: workload.pool("decode").get("clampedGPUs") == 2, 30)
     pool = workload.pool("decode")
     assert pool["requestedMHz"] == 1890  # snapped down to a supported clock
     assert pool["observedMHz"] == 1830
-    assert pool["clampedGPUs"] == 2
     assert "1830" in workload.condition("ClockClamped")["message"]
 
 
 def test_a_power_cap_that_binds_is_reported_as_such(workload, good_policy):
     workload.deploy(serving("decode", 1, batch=128, context=4096), serving("prefill", 1))
     workload.kubectl.apply(edited(good_policy, mode="Observe"))
+    # Prefill sits on its power cap always; the condition is about the pools that could be capped.
     eventually(
         "the power cap is seen to bind", lambda: workload.condition("PowerCapBinding").get("status") == "True", 150
     )
+    assert "pool decode" in workload.condition("PowerCapBinding")["message"]
     assert workload.pool("decode")["powerCap"]["verdict"] == "Binding"
     assert workload.pool("decode")["powerCap"]["limitWatts"] == 700
 

@@ -4,11 +4,12 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from kubectl_tool import Kubectl
-from workloads import SYSTEM, Simulator, Workload, eventually
+from workloads import SYSTEM, Simulator, Workload, eventually, serving
 
 ROOT = Path(__file__).parents[2]
 GPUS_PER_NODE = int(os.environ.get("WATTLOCK_SIMULATED_GPUS", "4"))
@@ -44,19 +45,42 @@ def wattlock(install: Callable[[], None]) -> None:
     install()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def simulator(kubectl: Kubectl, wattlock: None) -> Simulator:
     """The simulated driver of all nodes."""
     return Simulator(kubectl)
 
 
-@pytest.fixture
-def workload(kubectl: Kubectl, simulator: Simulator) -> Iterator[Workload]:
-    """An empty namespace for a workload; afterwards its policies and pods are gone and no GPU is locked."""
+@contextmanager
+def _namespace(kubectl: Kubectl, simulator: Simulator) -> Iterator[Workload]:
     name = f"llm-{int(time.time() * 1000) % 10**9}"
     kubectl.run("create", "namespace", name)
     workload = Workload(kubectl, name, simulator)
     yield workload
-    workload.kubectl.run("delete", "epol", "--all", "--timeout=90s", timeout_seconds=100)
+    workload.delete_policies()
     kubectl.run("delete", "namespace", name, "--timeout=90s", timeout_seconds=100)
-    eventually("no GPU is locked after the test", lambda: not simulator.locked(), 30)
+
+
+@pytest.fixture
+def workload(kubectl: Kubectl, simulator: Simulator) -> Iterator[Workload]:
+    """An empty namespace for a workload; afterwards its policies and pods are gone and no GPU is locked."""
+    with _namespace(kubectl, simulator) as workload:
+        yield workload
+
+
+@pytest.fixture(scope="module")
+def shared_workload(kubectl: Kubectl, simulator: Simulator) -> Iterator[Workload]:
+    """Two decode pods and a prefill pod, one GPU each, for all tests of a module."""
+    with _namespace(kubectl, simulator) as workload:
+        workload.deploy(serving("decode", 2), serving("prefill", 1))
+        yield workload
+
+
+@pytest.fixture
+def serving_pods(shared_workload: Workload) -> Iterator[Workload]:
+    """The shared pods as they were deployed, without a policy before and after."""
+    shared_workload.deploy(serving("decode", 2), serving("prefill", 1))
+    yield shared_workload
+    shared_workload.delete_policies()
+    for pod in shared_workload.pods("decode"):
+        shared_workload.simulate(pod, metricsFault="none", extraLatencyMs=0, computesPrompts=False)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -48,6 +49,62 @@ def eventually(what: Callable[[], Any], timeout_seconds: float = 20, message: st
         if time.monotonic() > deadline:
             raise AssertionError(f"{message or 'not so in time'}: {last}")
         threading.Event().wait(0.1)
+
+
+class Proxy:
+    """A way to the API server that can be cut."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target, self._open, self._pairs = (host, port), True, set[socket.socket]()
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self._open:
+                client.close()
+                continue
+            server = socket.create_connection(self._target, timeout=5)
+            server.settimeout(None)
+            with self._lock:
+                self._pairs |= {client, server}
+            for source, target in ((client, server), (server, client)):
+                threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+            with self._lock:
+                self._pairs.discard(end)
+
+    def cut(self) -> None:
+        """Break all connections and refuse new ones."""
+        self._open = False
+        with self._lock:
+            ends = list(self._pairs)
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """Let connections through again."""
+        self._open = True
+
+    def close(self) -> None:
+        """End for good."""
+        self._listener.close()
+        self.cut()
 
 
 @dataclass

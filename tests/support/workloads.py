@@ -186,6 +186,12 @@ class Workload:
         )
         self.kubectl.run("exec", pod["metadata"]["name"], "--", "python", "-c", code, json.dumps(change))
 
+    def delete_policies(self) -> None:
+        """Delete all policies of the namespace; no GPU may be locked then."""
+        self.kubectl.run("delete", "epol", "--all", "--timeout=90s", timeout_seconds=100)
+        locked = self.simulator.locked()
+        assert not locked, f"{locked} are locked although there is no policy"
+
     def agents(self) -> list[dict[str, Any]]:
         """Return the pods of the agents, on all nodes."""
         found: list[dict[str, Any]] = self.kubectl.within(SYSTEM).get("pods", "-l", AGENT_LABEL)["items"]
