@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from operator_site import DECODE, PREFILL, TEMPLATE, Site, eventually, placed
+from operator_site import DECODE, PREFILL, TEMPLATE, Proxy, Site, eventually, placed
 from wattlock_api.constants import FINALIZER, FORCE_RELEASE_ANNOTATION
 from wattlock_operator.kube import connect
 
@@ -178,6 +179,34 @@ def test_a_restarted_operator_goes_on_where_the_last_one_was(site, good_policy):
         for policy in (before, after)
     ]
     assert times[0]["Ready"] == times[1]["Ready"]
+
+
+def test_the_operator_outlives_an_outage_of_the_api_server(site, good_policy):
+    """It sees what changed meanwhile, also what was deleted, and does so without a restart."""
+    config = yaml.safe_load(Path(site.kubectl.kubeconfig).read_text())
+    server = urllib.parse.urlsplit(config["clusters"][0]["cluster"]["server"])
+    proxy = Proxy(str(server.hostname), int(server.port or 443))
+    config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{proxy.port}"
+    through = site.tmp_path / "kubeconfig"
+    through.write_text(yaml.safe_dump(config))
+    site.stop()
+    site.settings = {"KUBECONFIG": str(through)}
+    site.start()
+    node = site.node()
+    for name, labels in (("decode-0", DECODE), ("decode-1", DECODE), ("prefill-0", PREFILL)):
+        site.pod(name, node, labels)
+    site.agent(node)
+    site.kubectl.apply(placed(good_policy, site))
+    eventually(lambda: site.policy().get("status", {}).get("summary", {}).get("locked") == 2)
+    process = site.operator
+    proxy.cut()
+    site.kubectl.within(site.namespace).run("delete", "pod", "decode-1", "--force", "--grace-period=0")
+    eventually(lambda: "no answer from the API server" in site.log.read_text())
+    proxy.mend()
+    eventually(lambda: {order["pod"]["name"] for order in site.orders(node)} == {"decode-0", "prefill-0"}, 45)
+    assert process is not None
+    assert process.poll() is None
+    proxy.close()
 
 
 def test_metrics_and_probes(site, good_policy):

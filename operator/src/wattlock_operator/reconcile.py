@@ -68,7 +68,7 @@ class Reconciler:
         self._released: frozenset[str] = frozenset()
         self._leading_until = 0.0
         self._beat = time.monotonic()
-        self._synced_at: float | None = None
+        self._synced, self._resync_at = False, 0.0
 
     def _mark(self) -> None:
         if self._loop is not None:
@@ -88,7 +88,7 @@ class Reconciler:
     @property
     def ready(self) -> bool:
         """Whether the world is known."""
-        return self._synced_at is not None
+        return self._synced
 
     def is_released(self, uid: str) -> bool:
         """Return whether a deleted policy may go, by the last decision."""
@@ -125,9 +125,9 @@ class Reconciler:
             self._beat = time.monotonic()
             wait = PERIOD_SECONDS
             try:
-                if self._synced_at is None or time.monotonic() - self._synced_at > RESYNC_SECONDS:
+                if time.monotonic() >= self._resync_at:
                     await asyncio.to_thread(self._resync)
-                    self._synced_at = time.monotonic()
+                    self._synced, self._resync_at = True, time.monotonic() + RESYNC_SECONDS
                 self._dirty.clear()
                 if self.leading:
                     if not profile_ensured:
@@ -138,6 +138,8 @@ class Reconciler:
                 log.warning("the pass over the cluster was cut short: %s", error)
                 self._metrics.failed("pass")
                 wait = RETRY_SECONDS
+                if error.status is None:
+                    self._resync_at = 0.0  # the watches may have missed deletions, too
             except Exception:
                 # A bug must not stop the lease or the watches; it shows in the log and in wattlock_operator_errors.
                 log.exception("the pass over the cluster failed")
