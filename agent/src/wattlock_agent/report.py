@@ -107,13 +107,13 @@ def _gpu(outlook: Outlook, uuid: str, track: GpuTrack | None) -> GpuStatus:
     limiters = {f"{name}_seconds": decimal_string(track.limiter_seconds[name], 3) for name in LIMITER_NAMES}
     return status.model_copy(
         update={
-            "observed_mhz": track.observed_mhz(),
+            "observed_mhz": track.observed_mhz if decision.requested_mhz is not None else None,
             "power_watts": round(watts) if watts is not None else None,
             "peak_watts": round(peak) if peak is not None else None,
             "power_limit_watts": round(limit_mw / 1000) if limit_mw is not None else None,
             "energy_joules": decimal_string(track.meter.joules, 1),
             "busy_seconds": decimal_string(track.busy_seconds, 1),
-            "clamped": track.clamped,
+            "clamped": track.clamped and decision.requested_mhz is not None,
             "clamp_seconds": decimal_string(track.clamp_seconds, 1),
             "limiters": Limiters.model_validate(limiters),
         }

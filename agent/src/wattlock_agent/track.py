@@ -30,7 +30,8 @@ class _Moment:
     at_seconds: float
     sm_mhz: int | None
     busy_percent: int
-    capped: bool
+    cap_mhz: int | None
+    """The cap that was in force and settled; ``None``: released, or just switched."""
     limited: bool
     peak_mw: int | None
 
@@ -60,6 +61,9 @@ class GpuTrack:
                 self.limiter_seconds[name] = float(getattr(before.limiters, f"{name}_seconds"))
         self.last: GpuReading | None = None
         self.clamped = False
+        """Whether firmware held the clock below the cap when last capped: a control epoch does not undo the finding."""
+        self.observed_mhz: int | None = None
+        """Median SM clock while busy and capped, over the last report interval that was capped, in MHz."""
         self.watch = LockWatch()
         self._recent: deque[_Moment] = deque(maxlen=64)
 
@@ -85,14 +89,15 @@ class GpuTrack:
                 reading.at_seconds,
                 reading.sm_mhz,
                 busy,
-                settled and cap_mhz is not None,
+                cap_mhz if settled else None,
                 limited,
                 reading.power_instant_mw,
             )
         )
-        self.clamped = cap_mhz is not None and settled and self._is_clamped(reading.at_seconds, cap_mhz - step_mhz)
-        if self.clamped:
-            self.clamp_seconds += seconds
+        if cap_mhz is not None and settled:
+            self._judge(cap_mhz, step_mhz)
+            if self.clamped:
+                self.clamp_seconds += seconds
         if cap_mhz is None or lock_age_seconds is None:
             self.watch = LockWatch(losses=self.watch.losses)
             return Finding.FINE, restarted
@@ -116,33 +121,33 @@ class GpuTrack:
         peaks = [moment.peak_mw for moment in self._within(WINDOW_SECONDS) if moment.peak_mw is not None]
         return max(peaks) / 1000 if peaks else None
 
-    def observed_mhz(self) -> int | None:
-        """Return the median SM clock while busy and capped, over the last report interval."""
-        clocks = [
-            moment.sm_mhz
-            for moment in self._within(WINDOW_SECONDS)
-            if moment.capped and moment.busy_percent >= BUSY_PERCENT and moment.sm_mhz is not None
-        ]
-        return median_low(clocks) if clocks else None
-
     def _within(self, window_seconds: float) -> list[_Moment]:
         if not self._recent:
             return []
         newest = self._recent[-1].at_seconds
         return [moment for moment in self._recent if newest - moment.at_seconds <= window_seconds]
 
-    def _is_clamped(self, now_seconds: float, floor_mhz: int) -> bool:
-        """Whether the median clock under full load is below ``floor_mhz`` while no limiter acted in the window."""
-        moments = [
+    def _judge(self, cap_mhz: int, step_mhz: int) -> None:
+        """Note the clock under this cap, and whether firmware holds it down by more than a step with no limiter acting.
+
+        Readings under another cap do not count: after a rise they would look like a clamp.
+        """
+        moments = [m for m in self._within(WINDOW_SECONDS) if m.cap_mhz == cap_mhz and m.sm_mhz is not None]
+        busy = [m.sm_mhz or 0 for m in moments if m.busy_percent >= BUSY_PERCENT]
+        self.observed_mhz = median_low(busy) if busy else None
+        newest = self._recent[-1]
+        loaded = [
             moment
-            for moment in self._within(_CLAMP_WINDOW_SECONDS)
-            if moment.capped and moment.busy_percent >= _CLAMP_BUSY_PERCENT and moment.sm_mhz is not None
+            for moment in moments
+            if moment.busy_percent >= _CLAMP_BUSY_PERCENT
+            and newest.at_seconds - moment.at_seconds <= _CLAMP_WINDOW_SECONDS
         ]
-        if len(moments) < _CLAMP_MIN_READINGS or moments[-1].at_seconds != now_seconds:
-            return False
-        if any(moment.limited for moment in moments):
-            return False
-        return median_low([moment.sm_mhz or 0 for moment in moments]) < floor_mhz
+        self.clamped = (
+            len(loaded) >= _CLAMP_MIN_READINGS
+            and loaded[-1] is newest
+            and not any(moment.limited for moment in loaded)
+            and median_low([moment.sm_mhz or 0 for moment in loaded]) < cap_mhz - step_mhz
+        )
 
     def _add_limiters(self, before: GpuReading | None, reading: GpuReading, seconds: float) -> bool:
         """Add what the counters grew by; returns whether any limiter acted."""

@@ -132,7 +132,27 @@ def test_a_clock_below_the_cap_with_no_limiter_is_a_clamp():
     run(track, 30, sm_mhz=1755)
     assert track.clamped
     assert 20 <= track.clamp_seconds <= 29
-    assert track.observed_mhz() == 1755
+    assert track.observed_mhz == 1755
+
+
+def test_a_raised_cap_is_no_clamp():
+    track = GpuTrack("uid")
+    run(track, 30, sm_mhz=1590, cap_mhz=1590)
+    run(track, 3, start=30, sm_mhz=1590, cap_mhz=1830, age=1.0)  # the new lock needs a moment
+    run(track, 20, start=33, sm_mhz=1830, cap_mhz=1830)
+    assert not track.clamped
+    assert track.clamp_seconds == 0
+    assert track.observed_mhz == 1830
+
+
+def test_a_control_epoch_does_not_undo_the_finding():
+    track = GpuTrack("uid")
+    run(track, 30, sm_mhz=1755)
+    before = track.clamp_seconds
+    run(track, 70, start=30, sm_mhz=1980, cap_mhz=None)
+    assert track.clamped
+    assert track.observed_mhz == 1755
+    assert track.clamp_seconds == before
 
 
 def test_a_clock_one_step_below_the_cap_is_no_clamp():
