@@ -300,6 +300,19 @@ def test_a_driver_reload_is_noticed_and_locked_again(make_node, make_order):
     assert node.reasons()["GPU-0"] == "Locked"
 
 
+def test_locks_are_written_again_after_the_driver_was_opened_anew(make_node, make_order):
+    node = make_node()
+    node.order(make_order())
+    node.run(10)
+    node.driver.faults["GPU-1"] = GpuFault.TRANSIENT
+    node.driver.utilization_percent = 0  # nothing is to be seen of the lost lock
+    node.run(3)
+    node.driver.locks.clear()
+    del node.driver.faults["GPU-1"]
+    node.run(8)
+    assert node.locked() == {"GPU-0"}
+
+
 def test_another_writer_wins_after_three_losses_and_its_lock_stays(make_node, make_order):
     node = make_node(gpus=1)
     node.order(make_order())

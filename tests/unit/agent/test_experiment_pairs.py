@@ -58,7 +58,7 @@ def test_a_short_limiter_is_no_reason_to_drop():
     assert judge([*given[:4], replace(given[4], hot_seconds=0.5)]).joules > 0
 
 
-def run_epochs(switchback, instance, epochs, effect, noise, draw, cap_mhz=1590, spoiled=frozenset()):
+def run_epochs(switchback, instance, epochs, effect, noise, draw, cap_mhz=1590, spoiled=frozenset(), slower=0.0):
     """Feed epochs whose energy per token is ``effect`` lower under the cap, with noise and a slow drift."""
     switchback.configure(EXPERIMENT, instance, cap_mhz)
     first = epoch_at(EXPERIMENT, START)
@@ -68,7 +68,7 @@ def run_epochs(switchback, instance, epochs, effect, noise, draw, cap_mhz=1590, 
         cap = arm_of(EXPERIMENT, instance, epoch) is Arm.CAP
         drift = 0.05 * math.sin(epoch / 40)
         per_token = 0.5 * math.exp(drift + draw.gauss(0, noise) + (effect if cap else 0.0))
-        rate = 1000 * math.exp(draw.gauss(0, noise))
+        rate = 1000 * math.exp(draw.gauss(0, noise) - (slower if cap else 0.0))
         before = 0.0
         for offset in (0.5, 3.0, 8.0, 13.0, 18.0, 19.7):
             tokens += rate * (offset - before)
@@ -85,12 +85,15 @@ def test_finds_the_true_effect_without_bias():
     draw = random.Random(1)
     truth = math.log(0.85)
     means = []
+    throughput = []
     for number in range(60):
         switchback = Switchback()
-        run_epochs(switchback, f"i-{number}", 60, truth, 0.02, draw)
+        run_epochs(switchback, f"i-{number}", 60, truth, 0.02, draw, slower=0.05)
         (stats,) = switchback.pair_stats()
         assert 25 <= stats.pairs <= 31
         means.append(float(stats.energy.total) / stats.pairs)
+        throughput.append(float(stats.throughput.total) / stats.pairs)
+    assert sum(throughput) / len(throughput) == pytest.approx(-0.05, abs=0.003)
     mean = sum(means) / len(means)
     spread = math.sqrt(sum((each - mean) ** 2 for each in means) / (len(means) - 1))
     assert mean == pytest.approx(truth, abs=4 * spread / math.sqrt(len(means)))

@@ -233,6 +233,51 @@ def test_unsuitable_gpus_are_refused(make_gpu, make_order, change, reason):
     assert (decision.reason, decision.state, decision.action) == (reason, "Unsupported", None)
 
 
+DEFECTS = {
+    "no orders": lambda world: replace(world, orders=None),
+    "no holders": lambda world: replace(world, holders=None),
+    "nobody holds it": lambda world: replace(world, holders=Holders({}, frozenset(), {})),
+    "held by another": lambda world: replace(
+        world, holders=Holders({"GPU-0": (PodName("llm", "other"),)}, frozenset(), {})
+    ),
+    "of another namespace": lambda world: replace(
+        world, holders=Holders({"GPU-0": (PodName("team", "decode-0"),)}, frozenset(), {})
+    ),
+    "handed out in shares": lambda world: replace(world, holders=replace(world.holders, shared=frozenset({"GPU-0"}))),
+    "held by two": lambda world: replace(
+        world, holders=Holders({"GPU-0": (PodName("llm", "a"), PodName("llm", "decode-0"))}, frozenset(), {})
+    ),
+    "unknown device beside it": lambda world: replace(
+        world, holders=replace(world.holders, unknown={PodName("llm", "decode-0"): ("MIG-x",)})
+    ),
+    "stale": lambda world: replace(world, stale="silent"),
+    "stopping": lambda world: replace(world, stopping=True),
+    "observing": lambda world: replace(world, mode=Mode.OBSERVE),
+    "no capability": lambda world: replace(world, may_write=False),
+    "no journal": lambda world: replace(world, journal_problem="disk full"),
+    "held released": lambda world: replace(
+        world, holds={InstanceKey("policy-1", "decode-0"): Refusal(GpuState.RELEASED, Reason.GUARDRAIL, "slow")}
+    ),
+    "lost": lambda world: with_view(world, fault=Refusal(GpuState.LOST, Reason.GPU_LOST, "gone")),
+    "refused": lambda world: with_view(world, refused=Refusal(GpuState.OBSERVING, Reason.NO_PERMISSION, "no")),
+    "conflict": lambda world: with_view(world, conflict=Refusal(GpuState.CONFLICT, Reason.OTHER_WRITER, "other")),
+    "locked a moment ago": lambda world: with_view(world, lock_not_before_seconds=100.1),
+}
+
+
+def with_view(world, **changes):
+    return replace(world, gpus=(replace(world.gpus[0], **changes),))
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_one_defect_is_enough_not_to_lock(make_gpu, make_order, defect):
+    good = lone_world(make_gpu(), make_order())
+    assert plan(good)["GPU-0"].action == Lock(345, 1590)
+    decision = plan(DEFECTS[defect](good))["GPU-0"]
+    assert not isinstance(decision.action, Lock)
+    assert decision.reason != Reason.LOCKED
+
+
 def test_two_orders_for_one_pod_name_lock_nothing(make_gpu, make_order):
     pod = {"namespace": "llm", "name": "decode-0", "uid": "new"}
     newer = Order.model_validate(make_order().to_api() | {"pod": pod, "podUid": "new"})
