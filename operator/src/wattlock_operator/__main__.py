@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     checking = commands.add_parser("check", help="tell whether the installation works; exit 1 when it does not")
     checking.add_argument("--timeout-seconds", type=float, default=120, help="how long to wait for it (default 120)")
     releasing = commands.add_parser("release-all", help="stop operator and agents so that every GPU is released")
-    releasing.add_argument("--timeout-seconds", type=float, default=240, help="how long to wait (default 240)")
+    releasing.add_argument("--timeout-seconds", type=float, help="how long to wait (default 240)")
     return parser
 
 
@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
             case "check":
                 return check.run(settings, connect(), options.timeout_seconds, sys.stdout)
             case "release-all":
-                return release_all.run(settings, connect(), options.timeout_seconds, sys.stdout)
+                timeout_seconds = options.timeout_seconds or settings.release_timeout_seconds
+                return release_all.run(settings, connect(), timeout_seconds, sys.stdout)
             case _:
                 return asyncio.run(run(settings))
     except SettingsError as error:

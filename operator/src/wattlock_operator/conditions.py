@@ -187,11 +187,13 @@ def _clamped(facts: Facts) -> Finding:
 
 def _power_cap(facts: Facts) -> Finding:
     kind = ConditionType.POWER_CAP_BINDING
-    binding = [pool for pool in facts.pools if pool.power_cap.verdict is PowerCapVerdict.BINDING]
+    # Prefill sits on its power limit whenever it works: that is no news, and its pool's status shows it.
+    pools = [pool for pool in facts.pools if pool.role is not Role.PREFILL]
+    binding = [pool for pool in pools if pool.power_cap.verdict is PowerCapVerdict.BINDING]
     if binding:
         names = ", ".join(f"{pool.name} ({pool.power_cap.time_at_cap_percent}% of busy time)" for pool in binding)
         return Finding(kind, True, "Binding", f"the GPUs' power limit holds clocks down in pool {names}"[:1024])
-    if any(pool.power_cap.verdict is PowerCapVerdict.INERT for pool in facts.pools):
+    if any(pool.power_cap.verdict is PowerCapVerdict.INERT for pool in pools):
         return Finding(kind, False, "Inert", "the power limit did not act")
     return Finding(kind, None, "Unknown", "the GPUs were not busy long enough to say")
 
@@ -199,6 +201,8 @@ def _power_cap(facts: Facts) -> Finding:
 def _conflict(facts: Facts) -> Finding:
     if facts.disputes:
         return Finding(ConditionType.CONFLICT, True, Reason.POLICY_CONFLICT.value, _dispute_sentence(facts))
+    if (found := _reason_in(facts.pools, (Reason.OTHER_WRITER,))) is not None:
+        return Finding(ConditionType.CONFLICT, True, *found)
     return Finding(ConditionType.CONFLICT, False, "NoConflict", "every selected pod belongs to one pool")
 
 

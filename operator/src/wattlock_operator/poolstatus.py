@@ -199,7 +199,8 @@ def pool_status(
         locked=len(locked),
         requested_mhz=min(requested, default=None),
         observed_mhz=min(observed, default=None),
-        power_watts=sum(powers) if powers else None,
+        # Half of a pool's power would look like a saving: all of its GPUs have to be known.
+        power_watts=sum(powers) if powers and len(powers) == len(report.gpus) else None,
         energy_kwh=None if energy is None else decimal_string(energy / JOULES_PER_KWH, 6),
         counted_joules=None if energy is None else decimal_string(counted_joules(report), 1),
         tokens_per_second=decimal_string(sum(rates), 1) if rates else None,

@@ -20,13 +20,16 @@ class Settings:
     agent_namespace: str
     """WATTLOCK_AGENT_NAMESPACE: where the agents' DaemonSets live. Default: the own namespace."""
     agent_template: Path | None
-    """WATTLOCK_AGENT_TEMPLATE: a DaemonSet manifest rendered by Helm. Absent: the operator makes no DaemonSets."""
+    """WATTLOCK_AGENT_TEMPLATE: a DaemonSet manifest rendered by Helm. Absent: the operator makes no DaemonSets. A file
+    that cannot be used is told by every policy's Ready condition (AgentTemplateInvalid)."""
     http_port: int
     """WATTLOCK_HTTP_PORT: /metrics, /healthz and /readyz. Default 8080; 0 takes any free port."""
     identity: str
     """POD_NAME: holder of the lease. Default: operator."""
     deployment: str
     """WATTLOCK_DEPLOYMENT: the operator's own Deployment, for release-all. Default: wattlock-operator."""
+    release_timeout_seconds: int
+    """WATTLOCK_RELEASE_TIMEOUT_SECONDS: how long release-all waits. Default 240."""
 
 
 def from_environment(environment: Mapping[str, str]) -> Settings:
@@ -36,22 +39,23 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
         SettingsError: a variable has a value that cannot be used.
     """
     namespace = environment.get("WATTLOCK_NAMESPACE", "") or _own_namespace()
-    port_text = environment.get("WATTLOCK_HTTP_PORT", "") or "8080"
-    if not port_text.isascii() or not port_text.isdigit() or not 0 <= int(port_text) <= 65535:
-        raise SettingsError(f"WATTLOCK_HTTP_PORT is {port_text!r}: write a port number from 0 to 65535, e.g. 8080")
     template = environment.get("WATTLOCK_AGENT_TEMPLATE", "")
-    if template and not Path(template).is_file():
-        raise SettingsError(
-            f"WATTLOCK_AGENT_TEMPLATE is {template!r}, which is no file: mount the chart's agent template there"
-        )
     return Settings(
         namespace=namespace,
         agent_namespace=environment.get("WATTLOCK_AGENT_NAMESPACE", "") or namespace,
         agent_template=Path(template) if template else None,
-        http_port=int(port_text),
+        http_port=_number(environment, "WATTLOCK_HTTP_PORT", 8080, 65535),
         identity=environment.get("POD_NAME", "") or "operator",
         deployment=environment.get("WATTLOCK_DEPLOYMENT", "") or "wattlock-operator",
+        release_timeout_seconds=_number(environment, "WATTLOCK_RELEASE_TIMEOUT_SECONDS", 240, 86400),
     )
+
+
+def _number(environment: Mapping[str, str], variable: str, default: int, highest: int) -> int:
+    text = environment.get(variable, "") or str(default)
+    if not text.isascii() or not text.isdigit() or not 0 <= int(text) <= highest:
+        raise SettingsError(f"{variable} is {text!r}: write a number from 0 to {highest}, e.g. {default}")
+    return int(text)
 
 
 def _own_namespace() -> str:

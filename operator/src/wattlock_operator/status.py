@@ -68,13 +68,13 @@ def summary(policy: PolicyView, pools: Sequence[PoolStatus], findings: Sequence[
     if not asked and policy.spec is not None and policy.spec.mode is Mode.ENFORCE:
         fixed = [pool.clock.max_sm_clock_mhz for pool in policy.spec.pools if pool.clock is not None]
         asked = [mhz for mhz in fixed if mhz is not None]
-    powers = [pool.power_watts for pool in pools if pool.power_watts is not None]
+    powers = [pool.power_watts for pool in pools if pool.gpus]
     per_token = [pool.joules_per_token for pool in decode if pool.joules_per_token is not None]
     return Summary(
         gpus=sum(pool.gpus for pool in pools),
         locked=sum(pool.locked for pool in pools),
         clock=_range(asked),
-        power=f"{sum(powers)}W" if powers else "",
+        power=f"{sum(watts or 0 for watts in powers)}W" if powers and None not in powers else "",
         saved=_saved(findings),
         observed=_range([pool.observed_mhz for pool in decode if pool.observed_mhz is not None]),
         joules_per_token=f"{number(max(per_token, key=number)):.3f}" if per_token else "",

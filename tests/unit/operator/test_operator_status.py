@@ -209,7 +209,7 @@ def test_settings_have_defaults():
         ({}, "WATTLOCK_NAMESPACE"),
         ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_HTTP_PORT": "70000"}, "WATTLOCK_HTTP_PORT"),
         ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_HTTP_PORT": "http"}, "WATTLOCK_HTTP_PORT"),
-        ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_AGENT_TEMPLATE": "no/such/file"}, "WATTLOCK_AGENT_TEMPLATE"),
+        ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_RELEASE_TIMEOUT_SECONDS": "1h"}, "WATTLOCK_RELEASE_TIMEOUT_SECONDS"),
     ],
 )
 def test_a_bad_setting_is_named(environment, variable):
