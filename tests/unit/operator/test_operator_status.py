@@ -69,6 +69,26 @@ def test_a_pool_adds_up():
     assert state(status, "Enforced") == ("True", "Capped")
 
 
+def test_half_of_a_pools_power_is_not_published():
+    # it would look like a saving while an agent restarts
+    status = status_of([gpu(0, power_watts=300), gpu(1)])
+    assert status.pools[0].power_watts is None
+    assert status.summary.power == ""
+
+
+def test_a_prefill_pool_at_its_power_limit_is_no_news():
+    prefill = gpu(2, pool="prefill", busy_seconds="1000", limiters=Limiters(power_cap_seconds="1000"))
+    status = status_of([gpu(0, busy_seconds="1000"), prefill])
+    assert [pool.power_cap.verdict.value for pool in status.pools] == ["Inert", "Binding"]
+    assert state(status, "PowerCapBinding") == ("False", "Inert")
+
+
+def test_another_writer_is_a_conflict():
+    status = status_of([gpu(0, state="Conflict", reason="OtherWriter", message="the clock was changed three times")])
+    assert state(status, "Conflict") == ("True", "OtherWriter")
+    assert "changed three times" in condition(status, "Conflict").message
+
+
 def test_a_silent_node_speaks_of_the_past_only():
     status = status_of([gpu(power_watts=300)], age_seconds=900)
     decode = status.pools[0]
