@@ -19,6 +19,7 @@ from wattlock_agent.api_client import WATCH_SECONDS, ApiClient, ApiError, Json
 from wattlock_agent.orders import NO_ORDERS, Orders, parse_orders
 
 _log = logging.getLogger(__name__)
+_spread = random.Random()  # noqa: S311 - spreads load, guards nothing
 
 LEASE_SECONDS = 60.0
 #: Until the lease has been seen to change once.
@@ -96,7 +97,7 @@ class OrderWatch:
                 pause_seconds = backoff_seconds
                 backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
                 _log.warning("orders: %s; trying again in %.0f s", error, pause_seconds)
-            self._closed.wait(pause_seconds * random.uniform(0.7, 1.3))  # noqa: S311 - spreads load, guards nothing
+            self._closed.wait(pause_seconds * _spread.uniform(0.7, 1.3))
 
     def follow(self) -> bool:
         """Read the object, then watch it until the server ends the watch. Returns whether it exists.
@@ -196,7 +197,7 @@ class StatusLink:
             if time.monotonic() >= lease_due_seconds:
                 self.read_lease()
                 pause_seconds = LEASE_SECONDS if self._lease_changed else FIRST_LEASE_SECONDS
-                lease_due_seconds = time.monotonic() + pause_seconds * random.uniform(0.8, 1.0)  # noqa: S311
+                lease_due_seconds = time.monotonic() + pause_seconds * _spread.uniform(0.8, 1.0)
 
     def write(self, status: NodeEnergyStatus) -> None:
         """Write the status once."""
