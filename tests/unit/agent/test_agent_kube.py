@@ -196,7 +196,12 @@ def test_drain_waits_for_the_newest_status(server, client):
     status_link.put(NodeEnergyStatus(locked=1))
     status_link.put(NodeEnergyStatus(locked=2))
     assert not status_link.drain(0.01)
-    threading.Thread(target=status_link.run, daemon=True).start()
-    assert status_link.drain(5)
+    thread = threading.Thread(target=status_link.run)
+    thread.start()
+    drained = status_link.drain(5)
+    status_link.close()
+    thread.join(5)
+    assert drained
+    assert not thread.is_alive()
     patches = [body["status"]["locked"] for method, _, _, body in server.requests if method == "PATCH"]
     assert patches == [2]
