@@ -58,7 +58,7 @@ def _namespace(kubectl: Kubectl, simulator: Simulator) -> Iterator[Workload]:
     workload = Workload(kubectl, name, simulator)
     yield workload
     workload.delete_policies()
-    kubectl.run("delete", "namespace", name, "--timeout=90s", timeout_seconds=100)
+    kubectl.run("delete", "namespace", name, "--wait=false")
 
 
 @pytest.fixture

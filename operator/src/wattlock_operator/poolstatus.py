@@ -13,7 +13,7 @@ from wattlock_operator.accounting import JOULES_PER_KWH, Account, counted_joules
 from wattlock_operator.orders import Orders
 from wattlock_operator.release import is_silent
 from wattlock_operator.reports import NodeGpu, NodeInstance, PoolReport, number
-from wattlock_operator.selection import Member
+from wattlock_operator.selection import Member, selector_text
 from wattlock_operator.world import World
 
 MAX_REASONS = 12
@@ -97,7 +97,8 @@ def _reasons(
     if not has_pods:
         counts[Reason.NO_MATCHING_PODS.value] += 0
         messages[Reason.NO_MATCHING_PODS.value] = (
-            f"the selector of pool {pool.name} matches no running pod of the policy's namespace"
+            f"no running pod of the policy's namespace has {selector_text(pool.selector)}: compare with "
+            "kubectl get pods --show-labels"
         )
     return [
         PoolReason(reason=reason, gpus=gpus, message=messages[reason][:1024])

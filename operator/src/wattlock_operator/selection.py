@@ -37,6 +37,23 @@ class Selection:
     """By policy UID, for every policy that takes part in the dispute: also the ones that lost the pod."""
 
 
+def selector_text(selector: LabelSelector) -> str:
+    """Return a selector as kubectl writes it, e.g. ``app=vllm,tier in (gpu)``."""
+    terms = [f"{key}={value}" for key, value in selector.match_labels.items()]
+    for term in selector.match_expressions:
+        values = f"({', '.join(term.values)})"
+        match term.operator:
+            case "In":
+                terms.append(f"{term.key} in {values}")
+            case "NotIn":
+                terms.append(f"{term.key} notin {values}")
+            case "Exists":
+                terms.append(term.key)
+            case "DoesNotExist":
+                terms.append(f"!{term.key}")
+    return ",".join(terms)
+
+
 def requirement_holds(requirement: LabelSelectorRequirement, labels: Mapping[str, str]) -> bool:
     """Return whether the labels meet one expression, by Kubernetes' rules.
 

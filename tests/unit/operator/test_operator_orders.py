@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 from operator_worlds import DECODE, PREFILL, agent_pod, gpu, node_energy, pod, policy, world
-from wattlock_api.base import LabelSelector
+from wattlock_api.base import LabelSelector, LabelSelectorRequirement
 from wattlock_api.clockprofile import PUBLISHED, ClockProfileSpec, Evidence, ProfileRow
 from wattlock_api.constants import Architecture, Mode
 from wattlock_api.nodeenergy import Order
 from wattlock_operator.orders import MAX_ORDERS_PER_NODE, give_orders
-from wattlock_operator.selection import matches
+from wattlock_operator.selection import matches, selector_text
 from wattlock_operator.world import MetricsHint
 
 
@@ -231,3 +231,14 @@ def test_a_node_never_gets_more_orders_than_the_schema_allows():
     given = give_orders(world([policy()], [*pods, agent_pod("n1")]))
     assert len(given.by_node["n1"]) == MAX_ORDERS_PER_NODE
     assert len(given.surplus["uid-qwen"]) == 3
+
+
+def test_a_selector_reads_as_kubectl_writes_it():
+    expressions = [
+        LabelSelectorRequirement(key="tier", operator="In", values=["gpu", "big"]),
+        LabelSelectorRequirement(key="zone", operator="NotIn", values=["a"]),
+        LabelSelectorRequirement(key="app", operator="Exists"),
+        LabelSelectorRequirement(key="old", operator="DoesNotExist"),
+    ]
+    selector = LabelSelector(match_labels={"llm-d.ai/role": "decode"}, match_expressions=expressions)
+    assert selector_text(selector) == "llm-d.ai/role=decode,tier in (gpu, big),zone notin (a),app,!old"
