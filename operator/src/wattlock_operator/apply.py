@@ -15,7 +15,6 @@ from wattlock_api.constants import (
     COMPONENT_LABEL,
     PLACEMENT_LABEL,
     PUBLISHED_PROFILE,
-    Mode,
 )
 from wattlock_api.energypolicy import EnergyPolicyStatus
 from wattlock_api.nodeenergy import Order
@@ -25,7 +24,7 @@ from wattlock_operator.decide import Decision
 from wattlock_operator.events import Telling
 from wattlock_operator.kube import Kube, KubeError
 from wattlock_operator.metrics import Metrics
-from wattlock_operator.placement import AGENT_CONTAINER, FINGERPRINT_ANNOTATION, MANAGED_BY_LABEL, MANAGER
+from wattlock_operator.placement import FINGERPRINT_ANNOTATION, MANAGED_BY_LABEL, MANAGER
 from wattlock_operator.world import DaemonSetView, PolicyView
 
 log = logging.getLogger(__name__)
@@ -37,19 +36,10 @@ PARALLEL = 8
 def parse_daemon_set(body: dict[str, Any]) -> DaemonSetView:
     """Return the projection of an agent DaemonSet."""
     metadata = body.get("metadata") or {}
-    pod_spec = ((body.get("spec") or {}).get("template") or {}).get("spec") or {}
-    modes = [
-        entry.get("value")
-        for container in pod_spec.get("containers") or []
-        if container.get("name") == AGENT_CONTAINER
-        for entry in container.get("env") or []
-        if entry.get("name") == "WATTLOCK_MODE"
-    ]
     return DaemonSetView(
         name=metadata["name"],
         placement=(metadata.get("labels") or {}).get(PLACEMENT_LABEL, ""),
         fingerprint=(metadata.get("annotations") or {}).get(FINGERPRINT_ANNOTATION, ""),
-        enforces=Mode.ENFORCE.value in modes,
     )
 
 

@@ -162,8 +162,8 @@ def plan_daemon_sets(world: World, template: Mapping[str, Any], releasing: Itera
     apply: list[Manifest] = []
     for placed, (placement, mode) in sorted(wanted.items()):
         present = existing.get(placed)
-        if mode is Mode.OBSERVE and present is not None and present.enforces and locking[placed]:
-            mode = Mode.ENFORCE  # its agents still have to reset what they locked
+        if mode is Mode.OBSERVE and locking.get(placed):
+            mode = Mode.ENFORCE  # its agents, or killed ones before them, left a lock that has to be undone
         manifest = daemon_set(template, placement, mode, world.agent_namespace)
         if present is None or present.fingerprint != manifest["metadata"]["annotations"][FINGERPRINT_ANNOTATION]:
             apply.append(manifest)

@@ -129,7 +129,6 @@ class DaemonSetView:
     placement: str
     fingerprint: str
     """Hash of the manifest that was applied."""
-    enforces: bool
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ TEMPLATE: dict[str, Any] = {
 HASH = placement_hash(Placement())
 
 
-def existing(placed: str = HASH, fingerprint: str = "", enforces: bool = True) -> DaemonSetView:
-    return DaemonSetView(f"wattlock-agent-{placed}", placed, fingerprint, enforces)
+def existing(placed: str = HASH, fingerprint: str = "") -> DaemonSetView:
+    return DaemonSetView(f"wattlock-agent-{placed}", placed, fingerprint)
 
 
 def test_the_template_gets_name_place_mode_and_the_one_capability():
@@ -122,7 +122,8 @@ def test_a_policy_that_is_not_understood_keeps_all_agents():
     assert plan_daemon_sets(world([unclear], daemon_sets=(existing("12345678"),)), TEMPLATE, ()).delete == ()
 
 
-def test_agents_keep_the_capability_until_their_gpus_are_released():
+def test_agents_have_the_capability_until_their_gpus_are_released():
+    # also those that find the lock of an agent that was killed: without it nobody could undo it
     observing = [policy(spec={"mode": "Observe"})]
     assert modes(plan_daemon_sets(world(observing, **LOCKED), TEMPLATE, ())) == ["Enforce"]
     assert modes(plan_daemon_sets(world(observing, daemon_sets=(existing(),)), TEMPLATE, ())) == ["Observe"]

@@ -111,8 +111,8 @@ def test_the_power_cap_is_judged_by_its_share_of_the_busy_time(busy, capped, exp
     ("pods", "reason", "advice"),
     [
         (PODS[:2], "NoAgent", "placement"),
-        ([PODS[2]], "NoMatchingPods", "selector"),
-        ([PODS[0], PODS[2]], "NoMatchingPods", "selector"),
+        ([PODS[2]], "NoMatchingPods", "--show-labels"),
+        ([PODS[0], PODS[2]], "NoMatchingPods", "--show-labels"),
         ([PODS[0], dataclasses.replace(PODS[1], ready=False), PODS[2]], "NoPrefillPeer", "requirePrefillPeer"),
         ([dataclasses.replace(PODS[0], wants_gpu=False), *PODS[1:]], "NoGPUs", "selector"),
     ],

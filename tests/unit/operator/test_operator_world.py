@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wattlock_operator.apply import parse_daemon_set
 from wattlock_operator.lease import parse_lease
 from wattlock_operator.store import KINDS, NODE, POD, POLICY, PROFILE, Store
 from wattlock_operator.world import MetricsHint, parse_node_energy, parse_pod, parse_policy
@@ -100,13 +99,6 @@ def test_a_report_with_one_unknown_gpu_keeps_the_others():
 
 def test_orders_of_another_version_are_to_be_written_anew():
     assert not parse_node_energy({"spec": {"orders": [{"pod": 1}]}}).readable
-
-
-def test_a_daemon_set_tells_whether_its_agents_enforce():
-    containers = [{"name": "agent", "env": [{"name": "WATTLOCK_MODE", "value": "Enforce"}]}]
-    body = {"metadata": {"name": "a"}, "spec": {"template": {"spec": {"containers": containers}}}}
-    assert parse_daemon_set(body).enforces
-    assert not parse_daemon_set({"metadata": {"name": "a"}}).enforces
 
 
 @pytest.mark.parametrize("body", [{}, {"spec": None}, {"spec": {"renewTime": "yesterday"}}])
