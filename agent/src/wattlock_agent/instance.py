@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 MAX_TOOK_SECONDS = 1.0
 #: How long a scrape waits for the energy readings around it.
 _PENDING_SECONDS = 5.0
+#: How long a restart of the engine is shown.
+RESTART_SHOWN_SECONDS = 60.0
 _NEVER_SECONDS = float("-inf")
 
 
@@ -59,6 +61,7 @@ class InstanceTrack:
         self._restore_trip = before.guardrail_message if before and before.guardrail_tripped else ""
         self.switchback = Switchback(before)
         self.scrape_failures: dict[str, int] = {}
+        self._restarted_seconds = _NEVER_SECONDS
 
     @property
     def _order(self) -> Order:
@@ -130,6 +133,7 @@ class InstanceTrack:
         if before is not None and is_restart(before.counters, result):
             _log.info("instance=%s the engine restarted", self.key.instance)
             self._life += 1
+            self._restarted_seconds = clock.now_seconds
             self._evidence = evidence.restarted(self._evidence)
             before = None
         scrape = _Scrape(result, result.at_seconds + clock.offset_seconds, self._life, took_seconds <= MAX_TOOK_SECONDS)
@@ -186,6 +190,9 @@ class InstanceTrack:
             reason, message = Reason.NO_SERVING_METRICS, "no metrics address is known for its pods on this node"
         elif self._failure is not None:
             reason, message = self._failure.reason, self._failure.message
+        elif now_seconds - self._restarted_seconds < RESTART_SHOWN_SECONDS:
+            reason = Reason.COUNTERS_RESTARTED
+            message = "its counters went back within the last minute: the engine restarted, or the page is wrong"
         hold = self.hold(now_seconds)
         tripped = hold is not None and hold.reason == Reason.GUARDRAIL
         return InstanceStatus(

@@ -79,7 +79,12 @@ def pod_problems(
 
 
 def _reasons(
-    fresh: Iterable[NodeGpu], problems: Sequence[PodProblem], held: Sequence[Order], has_pods: bool, pool: Pool
+    fresh: Iterable[NodeGpu],
+    instances: Iterable[NodeInstance],
+    problems: Sequence[PodProblem],
+    held: Sequence[Order],
+    has_pods: bool,
+    pool: Pool,
 ) -> list[PoolReason]:
     counts: Counter[str] = Counter()
     messages: dict[str, str] = {}
@@ -91,6 +96,11 @@ def _reasons(
         if order.hold is not None:
             counts[order.hold.reason] += 0
             messages[order.hold.reason] = order.hold.message
+    # About metrics, so beside the state of the GPUs: the count stays theirs.
+    for item in instances:
+        if item.instance.reason:
+            counts[item.instance.reason] += 0
+            messages.setdefault(item.instance.reason, f"instance {item.instance.instance}: {item.instance.message}")
     for problem in problems:
         counts[problem.reason.value] += 0
         messages.setdefault(problem.reason.value, problem.message)
@@ -212,7 +222,7 @@ def pool_status(
         clamp_seconds=decimal_string(clamp_seconds, 1) if clamp_seconds else "0",
         power_cap=power_cap(report.gpus),
         savings=savings,
-        reasons=_reasons(fresh, problems, held, bool(members), pool),
+        reasons=_reasons(fresh, instances, problems, held, bool(members), pool),
     )
 
 

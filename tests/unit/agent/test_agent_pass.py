@@ -388,6 +388,24 @@ def test_an_instance_that_computes_prompts_is_released_until_it_stops(make_node,
     assert node.locked() == {"GPU-0"}
 
 
+def test_counters_that_went_back_are_told_for_a_minute_and_spoil_nothing(make_node, make_order):
+    node = make_node(gpus=1)
+    node.order(make_order())
+    node.run(20)
+    (instance,) = node.agent.instances.values()
+    assert instance.status(node.now_seconds, None).reason == ""
+    node._tokens = 0.0
+    node.run(10)
+    status = instance.status(node.now_seconds, None)
+    assert status.reason == "CountersRestarted"
+    assert "went back" in status.message
+    assert node.locked() == {"GPU-0"}
+    node.run(60)
+    status = instance.status(node.now_seconds, None)
+    assert status.reason == ""
+    assert float(status.tokens_per_second) == pytest.approx(1000)
+
+
 def test_statistics_and_trips_go_on_after_a_restart_of_the_agent(make_node, make_order, switchback):
     node = make_node(gpus=1)
     guardrail = {"maxInterTokenLatencyMs": 50, "cooldownSeconds": 60}

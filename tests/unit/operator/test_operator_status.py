@@ -83,6 +83,13 @@ def test_a_prefill_pool_at_its_power_limit_is_no_news():
     assert state(status, "PowerCapBinding") == ("False", "Inert")
 
 
+def test_what_is_wrong_with_serving_metrics_is_told_beside_the_gpus():
+    broken = instance(reason="MetricsInvalid", message="the page is no text")
+    (locked, metrics) = status_of([gpu(0)], [broken]).pools[0].reasons
+    assert (locked.reason, locked.gpus) == ("Locked", 1)
+    assert (metrics.reason, metrics.gpus, metrics.message) == ("MetricsInvalid", 0, "instance d0: the page is no text")
+
+
 def test_another_writer_is_a_conflict():
     status = status_of([gpu(0, state="Conflict", reason="OtherWriter", message="the clock was changed three times")])
     assert state(status, "Conflict") == ("True", "OtherWriter")
