@@ -86,7 +86,7 @@ def test_two_policies_about_one_pod_lock_nothing_and_blame_each_other(serving_po
         ("garbage", "MetricsInvalid"),
         ("nan", "MetricsInvalid"),
         ("huge", "MetricsTooLarge"),
-        ("endless", "MetricsTooLarge"),
+        ("endless", "MetricsUnreachable"),  # it is cut off after 3 s
         ("slow", "MetricsUnreachable"),
         ("backwards", "CountersRestarted"),
     ],
@@ -98,7 +98,7 @@ def test_bad_serving_metrics_are_named_and_cost_nothing_else(serving_pods, good_
         serving_pods.simulate(pod, metricsFault=fault)
     eventually(f"status says {reason}", lambda: reason in serving_pods.reasons("decode"), 60)
     assert serving_pods.locked(), "power can be saved without metrics; only the proof is missing"
-    assert serving_pods.pool("decode")["powerWatts"] > 0
+    eventually("power is measured all the same", lambda: serving_pods.pool("decode").get("powerWatts"), 40)
 
 
 def test_a_decode_pod_that_computes_prompts_is_released(serving_pods, simulator, good_policy):
@@ -149,7 +149,9 @@ def test_a_driver_that_refuses_to_lock_is_reported(serving_pods, simulator, good
     finally:
         for node in nodes:
             simulator.control(node, "clear-faults")
-    eventually("decode is locked when the driver is well again", serving_pods.locked, 90)
+    # What the driver refused is not tried for ever: a changed order is worth another try.
+    serving_pods.kubectl.apply(decode_clock(good_policy, maxSMClockMHz=1500))
+    eventually("decode is locked when the driver is well again", serving_pods.locked, 60)
 
 
 def test_a_killed_agent_comes_back_and_keeps_the_promise(kubectl, serving_pods, simulator, good_policy):
