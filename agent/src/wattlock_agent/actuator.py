@@ -241,7 +241,9 @@ class Actuator:
         # It may have been done all the same: the record stays.
         held.transient += 1
         if held.transient >= MAX_TRANSIENT_LOCKS:
-            held.refused = Refusal(GpuState.RELEASED, Reason.NVML_ERROR, str(error))
+            lost = error.fault is GpuFault.GPU_LOST
+            state, reason = (GpuState.LOST, Reason.GPU_LOST) if lost else (GpuState.RELEASED, Reason.NVML_ERROR)
+            held.refused = Refusal(state, reason, str(error))
             held.about = fingerprint(order)
 
     def _release(self, decision: Decision, now_seconds: float) -> None:

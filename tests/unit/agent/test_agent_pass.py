@@ -212,14 +212,15 @@ def test_a_refused_lock_is_not_tried_again_until_the_order_changes(make_node, ma
     assert node.driver.locks == {"GPU-0": (345, 1500)}
 
 
-def test_a_lock_of_unknown_outcome_keeps_its_record_and_is_undone(make_node, make_order):
+@pytest.mark.parametrize(("fault", "reason"), [(GpuFault.TRANSIENT, "NVMLError"), (GpuFault.GPU_LOST, "GPULost")])
+def test_a_lock_of_unknown_outcome_keeps_its_record_and_is_undone(make_node, make_order, fault, reason):
     node = make_node()
-    node.driver.faults["lock"] = GpuFault.TRANSIENT
+    node.driver.faults["lock"] = fault
     node.order(make_order())
     node.run(3)
     assert set(node.journal.disk) == {"GPU-0"}
     node.run(20)
-    assert node.reasons()["GPU-0"] == "NVMLError"
+    assert node.reasons()["GPU-0"] == reason
     assert ("reset", "GPU-0") in node.driver.log
     assert node.journal.disk == {}
 
