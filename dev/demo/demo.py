@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+#: Paths are relative to the root, so that the commands shown can be copied.
+HERE = Path("dev/demo")
 NAMESPACE, POLICY, SYSTEM = "llm", "qwen", "wattlock-system"
 #: What serving.yaml runs, for the simulator's true saving.
 WORKLOAD = ("--product", "H200", "--architecture", "GQA", "--batch", "32", "--context", "4096")
@@ -119,7 +120,7 @@ def true_saving_percent(cap_mhz: int) -> float:
 def install() -> None:
     heading("Install Wattlock and two nodes of simulated H200s with Helm")
     run(
-        *("helm", "upgrade", "--install", "wattlock", str(ROOT / "charts/wattlock")),
+        *("helm", "upgrade", "--install", "wattlock", "charts/wattlock"),
         *("--namespace", SYSTEM, "--create-namespace", "--values", str(HERE / "values.yaml"), "--wait"),
         *("--timeout", "3m"),
         timeout_seconds=200,
@@ -213,6 +214,7 @@ def delete() -> None:
 
 
 def main() -> int:
+    os.chdir(ROOT)
     started = time.monotonic()
     install()
     print(
