@@ -1,7 +1,9 @@
 """Bad input and failures: each gives a reason and a sentence, none leaves a GPU locked, nothing crashes."""
 
+import time
+
 import pytest
-from workloads import AGENT_LABEL, OPERATOR_LABEL, SYSTEM, eventually, serving
+from workloads import AGENT_LABEL, OPERATOR_LABEL, SYSTEM, api_server_paused, eventually, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -173,3 +175,16 @@ def test_a_restarted_operator_goes_on(kubectl, serving_pods, simulator, good_pol
     eventually("it acts again", lambda: len(simulator.locked()) == 1, 40)
     locks = [write for write in simulator.writes()[writes:] if write.locks]
     assert not locks, "no GPU was locked anew by the restart"
+
+
+def test_locks_outlive_a_short_outage_of_the_api_server(serving_pods, simulator, good_policy):
+    serving_pods.kubectl.apply(edited(good_policy, **ALWAYS))
+    eventually("decode is locked", serving_pods.locked, 30)
+    gpus = serving_pods.gpus("decode")
+    writes = len(simulator.writes())
+    with api_server_paused():
+        time.sleep(25)  # longer than the time-outs of single requests; nothing can be asked meanwhile
+    eventually("the API server answers again", lambda: simulator.locked() == gpus, 60)
+    assert simulator.writes()[writes:] == [], "nothing was released or locked anew"
+    serving_pods.kubectl.run("scale", "deployment/decode", "--replicas=1")
+    eventually("orders come through again", lambda: len(simulator.locked()) == 1, 60)

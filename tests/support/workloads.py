@@ -1,10 +1,12 @@
 """Workloads on simulated GPUs, and the simulated driver asked directly."""
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +28,24 @@ def eventually(what: str, probe: Callable[[], T], timeout_seconds: float = 30, e
         assert time.monotonic() < deadline, f"waited {timeout_seconds:.0f} s in vain until {what}; last: {value!r}"
         time.sleep(every_seconds)
     return value
+
+
+@contextmanager
+def api_server_paused() -> Iterator[None]:
+    """Stop the API server's process (of this test's cluster only) and let it go on afterwards."""
+    cluster = os.environ["WATTLOCK_CLUSTER"]
+    in_kind = os.environ.get("WATTLOCK_KIND_MODE") == "yes"
+    inside = ["docker", "exec", f"wattlock-{cluster}-control-plane"] if in_kind else []
+    pattern = "^kube-apiserver" if in_kind else f"kube-apiserver.*/{cluster}/"
+
+    def signal_all(name: str) -> None:
+        subprocess.run([*inside, "pkill", f"-{name}", "-f", pattern], check=True, timeout=10)
+
+    signal_all("STOP")
+    try:
+        yield
+    finally:
+        signal_all("CONT")
 
 
 @dataclass(frozen=True)
