@@ -38,6 +38,8 @@ class Telling:
 def _worth_telling(condition: Condition, previous: Condition | None) -> bool:
     if condition.type in _SILENT:
         return False
+    if condition.type in _TROUBLE and "True" not in (condition.status, previous.status if previous else ""):
+        return False  # that there is no trouble is news only where there was some
     if previous is None:
         return condition.status == "True" or (condition.type == ConditionType.READY and condition.status == "False")
     return (condition.status, condition.reason) != (previous.status, previous.reason)

@@ -193,6 +193,13 @@ def test_a_new_policy_tells_what_is_wrong_and_not_what_is_unknown():
     assert events([], conditions)[0] == [("NoAgent", True)]
 
 
+@pytest.mark.parametrize("kind", ["PowerCapBinding", "ClockClamped"])
+def test_the_absence_of_trouble_is_no_event(kind):
+    unknown, fine = one(kind, "Unknown", "NotObserved"), one(kind, "False", "Inert")
+    assert events(unknown, fine)[0] == events(fine, unknown)[0] == events([], fine)[0] == []
+    assert events(unknown, one(kind, "True", "Binding"))[0] == [("Binding", True)]
+
+
 def test_metrics_show_the_last_decision_only():
     metrics = Metrics()
     status = status_of([gpu(power_watts=300)])
