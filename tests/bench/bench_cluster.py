@@ -54,7 +54,8 @@ def bench_reaction_times(workload, good_policy, capsys):
         line("kubectl apply to all decode GPUs locked, no agent running before", spread(cold), "aim: under 5 s")
 
         # A policy about nothing keeps enforcing agents on the nodes.
-        keeper = edited(good_policy, pools=[good_policy["spec"]["pools"][1]]) | {"metadata": {"name": "keeper"}}
+        nobody = {"name": "nobody", "role": "Prefill", "selector": {"matchLabels": {"serves": "nobody"}}}
+        keeper = edited(good_policy, pools=[nobody]) | {"metadata": {"name": "keeper"}}
         workload.kubectl.apply(keeper)
         eventually("agents run", lambda: len(workload.agents()) == 2, 60)
         for _ in range(REPEATS):
