@@ -17,7 +17,7 @@ from wattlock_agent.orders import InstanceKey, key_of
 from wattlock_agent.plan import Decision, Refusal
 from wattlock_agent.track import LIMITER_NAMES, GpuTrack
 
-MEASUREMENT_SECONDS = 15.0
+MEASUREMENT_SECONDS = 20.0
 MIN_SECONDS = 2.0
 #: A status that says nothing new is written so often all the same, as a sign of life.
 HEARTBEAT_SECONDS = 60.0
@@ -141,7 +141,7 @@ class Reported:
 def is_due(reported: Reported, status: NodeEnergyStatus, now_seconds: float, jitter: float) -> bool:
     """Return whether ``status`` is to be written now.
 
-    At once (at most every 2 s) when a state changed; measurements every 15 s, spread by ``jitter`` in [-1, 1] so that
+    At once (at most every 2 s) when a state changed; measurements every 20 s, spread by ``jitter`` in [-1, 1] so that
     agents do not report in step; one that says nothing new as a sign of life only.
     """
     age_seconds = now_seconds - reported.at_seconds

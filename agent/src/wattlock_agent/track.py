@@ -11,7 +11,7 @@ from wattlock_agent.gpu.base import GpuReading, LimiterNanoseconds
 from wattlock_agent.verify import BUSY_PERCENT, SETTLE_SECONDS, Finding, LockReading, LockWatch, check_lock
 
 #: "The last report interval" of the status.
-WINDOW_SECONDS = 15.0
+WINDOW_SECONDS = 20.0
 #: Readings further apart are not one stretch of time: what happened between them is not guessed.
 _MAX_GAP_SECONDS = 3.0
 _CLAMP_WINDOW_SECONDS = 10.0

@@ -17,7 +17,7 @@ from wattlock_operator.status import report_policy, urgent_change
 from wattlock_operator.world import PolicyView, World
 
 #: Numbers alone are written this often.
-NUMBERS_SECONDS = 15.0
+NUMBERS_SECONDS = 20.0
 #: The least time between two writes of a status.
 STATES_SECONDS = 1.0
 

@@ -48,6 +48,8 @@ class Lease:
 
     def __init__(self, kube: Kube, namespace: str, identity: str) -> None:
         self._kube, self._namespace, self._identity = kube, namespace, identity
+        self._held: Mapping[str, Any] | None = None
+        """The lease as we last wrote it: renewing it needs no reading."""
 
     def renew(self, now_seconds: float) -> bool:
         """Take or renew the lease; return whether we hold it now.
@@ -55,9 +57,16 @@ class Lease:
         Raises:
             KubeError: the API server did not answer as it should.
         """
+        if self._held is not None and self._write(self._held, now_seconds):
+            return True
         body = self._kube.get(lease_path(self._namespace, LEASE_NAME))
         if not may_take(None if body is None else parse_lease(body), self._identity, now_seconds):
             return False
+        return self._write(body, now_seconds)
+
+    def _write(self, body: Mapping[str, Any] | None, now_seconds: float) -> bool:
+        """Write the lease in our name over ``body``; return False when somebody else was faster."""
+        self._held = None
         spec = dict((body or {}).get("spec") or {})
         changes_hands = spec.get("holderIdentity") != self._identity
         transitions = int(spec.get("leaseTransitions") or 0) + (1 if changes_hands and body is not None else 0)
@@ -73,12 +82,13 @@ class Lease:
             if body is None:
                 metadata = {"name": LEASE_NAME, "namespace": self._namespace}
                 created = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
-                self._kube.request("POST", lease_path(self._namespace), body=created)
+                self._held = self._kube.request("POST", lease_path(self._namespace), body=created)
             else:
                 # The resourceVersion in the body makes the server refuse it when another operator was faster.
-                self._kube.request("PUT", lease_path(self._namespace, LEASE_NAME), body=body | {"spec": spec})
+                path = lease_path(self._namespace, LEASE_NAME)
+                self._held = self._kube.request("PUT", path, body={**body, "spec": spec})
         except KubeError as error:
-            if error.status == 409:
+            if error.status in (404, 409):
                 return False
             raise
         return True

@@ -206,7 +206,7 @@ def test_node_energies_live_as_long_as_an_agent_an_order_or_a_lock(pods_, entry,
     assert (decision.write_orders, decision.delete_node_energies) == (written, deleted)
 
 
-def test_numbers_are_written_every_15_seconds_and_states_at_once():
+def test_numbers_are_written_every_20_seconds_and_states_at_once():
     somewhere = world([policy()], [pod("d0", DECODE), pod("p0", PREFILL), agent_pod("n1")], [node_energy(gpus=[gpu()])])
     first = decide(somewhere, None, Memory(), NOW)
     assert len(first.write_statuses) == 1
@@ -221,7 +221,7 @@ def test_numbers_are_written_every_15_seconds_and_states_at_once():
     settled = decide(dataclasses.replace(there, node_energies={"n1": calm}), None, first.memory, NOW + 2)
     there = carried_out(there, settled)
     assert not later(5, power_watts=310).write_statuses
-    assert later(18, power_watts=310).write_statuses
+    assert later(23, power_watts=310).write_statuses
     assert later(3.5, power_watts=310, state="Released", reason="Guardrail").write_statuses
     throttled = later(2.5, power_watts=310, state="Released", reason="Guardrail")
     assert not throttled.write_statuses
