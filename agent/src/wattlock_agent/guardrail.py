@@ -16,6 +16,9 @@ from wattlock_api.energypolicy import Guardrail
 
 #: After a first breach the next scrape is made so soon.
 CONFIRM_SECONDS = 2.0
+#: Pages are read so often where latency is bounded. A breach early in a window hardly moves its mean, so it takes up to
+#: two windows to show: with these numbers it is acted upon within 2 * 3 + 2 seconds.
+WATCH_SECONDS = 3.0
 MAX_RATIOS = 10
 MIN_RATIOS = 4
 #: 95 % quantile of Student's t distribution by degrees of freedom (one-sided).
@@ -32,6 +35,11 @@ class GuardrailState:
     trips: int = 0
     throughput_ratios: tuple[float, ...] = ()
     """log(cap) - log(control) of tokens per second of the last pairs, at most ten."""
+
+
+def bounds_latency(guardrail: Guardrail | None) -> bool:
+    """Return whether there is a bound on the inter-token latency."""
+    return guardrail is not None and guardrail.max_inter_token_latency_ms is not None
 
 
 def is_tripped(state: GuardrailState, now_seconds: float) -> bool:

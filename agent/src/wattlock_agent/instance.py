@@ -109,7 +109,11 @@ class InstanceTrack:
             return 60.0
         if self._asked.now_seconds == _NEVER_SECONDS:
             return 0.0
-        wait_seconds = guardrail.CONFIRM_SECONDS if self._confirm else SCRAPE_SECONDS
+        wait_seconds = SCRAPE_SECONDS
+        if self._confirm:
+            wait_seconds = guardrail.CONFIRM_SECONDS
+        elif self._enforced and guardrail.bounds_latency(self._order.guardrail):
+            wait_seconds = guardrail.WATCH_SECONDS
         due_seconds = self._asked.now_seconds + wait_seconds - clock.now_seconds
         due_unix = self.switchback.next_scrape_unix_seconds(self._asked.unix_seconds)
         if due_unix is not None:

@@ -17,11 +17,12 @@ from wattlock_api.nodeenergy import NodeEnergyStatus
 
 from wattlock_agent.api_client import WATCH_SECONDS, ApiClient, ApiError, Json
 from wattlock_agent.orders import NO_ORDERS, Orders, parse_orders
+from wattlock_agent.staleness import TRUSTED_AGE_SECONDS
 
 _log = logging.getLogger(__name__)
 _spread = random.Random()  # noqa: S311 - spreads load, guards nothing
 
-LEASE_SECONDS = 60.0
+LEASE_SECONDS = 120.0
 #: Until the lease has been seen to change once.
 FIRST_LEASE_SECONDS = 5.0
 MISSING_SECONDS = 2.0
@@ -226,7 +227,8 @@ class StatusLink:
                 renewal = None
         else:
             renewal = None
-        if self._renewal is not None and renewal != self._renewal:
+        trusted = age_seconds is not None and abs(age_seconds) <= TRUSTED_AGE_SECONDS
+        if trusted or (self._renewal is not None and renewal != self._renewal):
             self._lease_changed = True
         self._renewal = renewal
         self._post(LeaseSeen(renewal, age_seconds))

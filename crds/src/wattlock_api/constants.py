@@ -21,7 +21,7 @@ AGENT_COMPONENT = "agent"
 
 #: The lease that the operator renews in its own namespace and every agent reads.
 LEASE_NAME = "wattlock-operator"
-LEASE_RENEW_SECONDS = 15
+LEASE_RENEW_SECONDS = 20
 #: An agent that has seen neither the API server nor a fresh lease for so long releases its GPUs.
 STALE_ORDERS_SECONDS = 600
 

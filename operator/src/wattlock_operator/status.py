@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wattlock_api.base import parse_timestamp
-from wattlock_api.constants import Mode, Role, SavingsVerdict
+from wattlock_api.constants import Mode, Reason, Role, SavingsVerdict
 from wattlock_api.energypolicy import EnergyPolicyStatus, PoolStatus, Summary
 
 from wattlock_operator.accounting import Account, Sums, open_or_advance
@@ -161,12 +161,16 @@ def report_policy(
 def urgent_change(before: EnergyPolicyStatus | None, after: EnergyPolicyStatus) -> bool:
     """Return whether people should see the new status at once: a state changed, not only numbers."""
 
+    def routine(reason: str) -> str:
+        # GPUs take turns between the arms of the experiment all day: how many do at the moment is a number.
+        return Reason.LOCKED.value if reason == Reason.CONTROL_EPOCH.value else reason
+
     def essence(status: EnergyPolicyStatus) -> object:
         return (
             status.observed_generation,
             {(condition.type, condition.status, condition.reason) for condition in status.conditions},
-            (status.summary.gpus, status.summary.locked, status.summary.clock),
-            {(pool.name, pool.pods, entry.reason) for pool in status.pools for entry in pool.reasons},
+            (status.summary.gpus, status.summary.clock),
+            {(pool.name, pool.pods, routine(entry.reason)) for pool in status.pools for entry in pool.reasons},
         )
 
     return before is None or essence(before) != essence(after)

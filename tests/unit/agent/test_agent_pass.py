@@ -377,6 +377,17 @@ def test_latency_over_the_bound_releases_within_ten_seconds(make_node, make_orde
     assert node.locked() == {"GPU-0"}
 
 
+def test_pages_are_read_more_often_where_latency_is_bounded(make_node, make_order):
+    node = make_node(gpus=1)
+    node.order(make_order())
+    node.run(3)
+    (instance,) = node.agent.instances.values()
+    assert 3 < max(instance.seconds_to_scrape(node.run(1).clock) for _ in range(6)) <= 5
+    node.order(make_order(guardrail={"maxInterTokenLatencyMs": 50}), generation=2)
+    node.run(6)
+    assert max(instance.seconds_to_scrape(node.run(1).clock) for _ in range(6)) <= 3
+
+
 def test_an_instance_that_computes_prompts_is_released_until_it_stops(make_node, make_order):
     node = make_node(gpus=1, prompt_share=0.3)
     node.order(make_order())

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_worlds import DECODE, GPU_NODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
 from wattlock_api.constants import Mode, Role
-from wattlock_api.energypolicy import EnergyPolicyStatus
+from wattlock_api.energypolicy import EnergyPolicyStatus, PoolReason, PoolStatus, Summary
 from wattlock_api.nodeenergy import NodeEnergySpec
 from wattlock_operator.decide import Decision, Memory, decide
 from wattlock_operator.placement import plan_daemon_sets
+from wattlock_operator.status import urgent_change
 from wattlock_operator.world import NodeView, World, parse_node_energy
 
 TEMPLATE = {"kind": "DaemonSet", "spec": {"template": {"spec": {"containers": [{"name": "agent"}]}}}}
@@ -204,6 +205,22 @@ def test_a_bad_template_is_a_condition_and_orders_go_on():
 def test_node_energies_live_as_long_as_an_agent_an_order_or_a_lock(pods_, entry, nodes, written, deleted):
     decision = decide(world([], pods_, [entry] if entry else [], nodes), None, Memory(), NOW)
     assert (decision.write_orders, decision.delete_node_energies) == (written, deleted)
+
+
+def test_taking_turns_between_arms_is_a_number():
+    def status(reason: str, state: str, locked: int) -> EnergyPolicyStatus:
+        pool = PoolStatus(
+            name="decode",
+            role=Role.DECODE,
+            gpus=2,
+            locked=locked,
+            reasons=[PoolReason(reason=reason, gpus=2, message="")],
+        )
+        return EnergyPolicyStatus(pools=[pool], summary=Summary(gpus=2, locked=locked))
+
+    capped, control = status("Locked", "Locked", 2), status("ControlEpoch", "Released", 0)
+    assert not urgent_change(capped, control)
+    assert urgent_change(capped, status("Guardrail", "Released", 0))
 
 
 def test_numbers_are_written_every_20_seconds_and_states_at_once():
