@@ -8,7 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 _UNITS = {"Mhz": "MHz", "Kwh": "KWh", "Co2": "CO2", "Url": "URL", "Gpus": "GPUs"}
-_IRREGULAR = {"max_sm_clock_mhz": "maxSMClockMHz", "grams_co2_per_kwh": "gramsCO2PerKWh"}
+_IRREGULAR = {
+    "max_sm_clock_mhz": "maxSMClockMHz",
+    "grams_co2_per_kwh": "gramsCO2PerKWh",
+    "saved_kwh_ci95": "savedKWhCI95",
+    "saved_cost_ci95": "savedCostCI95",
+    "saved_kg_co2_ci95": "savedKgCO2CI95",
+}
 
 
 def api_name(python_name: str) -> str:
@@ -44,9 +50,9 @@ def cel(rule: str, message: str, field_path: str | None = None) -> dict[str, Any
 
 
 #: A decimal number in a string: the API conventions advise against floats in resources.
-DecimalString = Annotated[str, Field(pattern=r"^-?[0-9]{1,12}(\.[0-9]{1,9})?$", max_length=24)]
+DecimalString = Annotated[str, Field(pattern=r"^-?[0-9]{1,15}(\.[0-9]{1,9})?$", max_length=26)]
 #: The same, never negative.
-PositiveDecimalString = Annotated[str, Field(pattern=r"^[0-9]{1,12}(\.[0-9]{1,9})?$", max_length=24)]
+PositiveDecimalString = Annotated[str, Field(pattern=r"^[0-9]{1,15}(\.[0-9]{1,9})?$", max_length=26)]
 
 
 def decimal_string(value: float, places: int) -> str:

@@ -120,6 +120,7 @@ class Reason(StrEnum):
     INTERVAL_TOO_WIDE = "IntervalTooWide"
     INTERVAL_INCLUDES_ZERO = "IntervalIncludesZero"
     INTERVAL_EXCLUDES_ZERO = "IntervalExcludesZero"
+    CAP_COSTS_ENERGY = "CapCostsEnergy"
 
 
 class ConditionType(StrEnum):

@@ -260,11 +260,28 @@ class Savings(ApiModel):
     dropped_epochs: int = 0
     """Epochs that could not be used: restarts, power or thermal limits, no tokens, missing samples."""
     saved_kwh: DecimalString | None = None
-    """Energy saved so far while Verified, in kWh of GPU-board energy. Negative: the cap cost energy."""
+    """Energy of the GPU boards saved so far, in kWh, without PUE. Energy used under the cap while Verified counts, each
+    joule once, at the estimate in force then. Falls only while the cap is verified to cost energy (reason
+    CapCostsEnergy)."""
+    saved_kwh_ci95: Annotated[list[DecimalString], Field(max_length=2)] | None = None
+    """95 % confidence interval of savedKWh: [low, high]. Its ends are sums of the estimates' ends."""
     saved_cost: DecimalString | None = None
-    """savedKWh times the policy's price (and PUE where given)."""
+    """savedKWh times the policy's present price, and PUE where the policy gives it."""
+    saved_cost_ci95: Annotated[list[DecimalString], Field(max_length=2)] | None = None
+    """95 % confidence interval of savedCost: [low, high]. The price counts as exact."""
     saved_kg_co2: DecimalString | None = None
-    """savedKWh times the policy's carbon intensity (and PUE where given), in kg."""
+    """savedKWh times the policy's present carbon intensity, and PUE where the policy gives it, in kg."""
+    saved_kg_co2_ci95: Annotated[list[DecimalString], Field(max_length=2)] | None = None
+    """95 % confidence interval of savedKgCO2: [low, high]. The intensity counts as exact."""
+
+
+class CountedEnergy(ApiModel):
+    """How far the agents' counters of energy under a cap are counted."""
+
+    cap_mhz: Annotated[int, Field(ge=100, le=5000)]
+    """The cap, in MHz."""
+    joules: PositiveDecimalString
+    """Sum of the counters, in joules."""
 
 
 class PoolReason(ApiModel):
@@ -304,6 +321,13 @@ class PoolStatus(ApiModel):
     counted_joules: PositiveDecimalString | None = None
     """Sum of the agents' energy counters, in joules, as far as energyKWh includes them: a restarted operator goes
     on from here."""
+    counted_capped_joules: Annotated[
+        list[CountedEnergy],
+        Field(
+            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["capMHz"]}
+        ),
+    ] = []
+    """The same for savedKWh: the agents' counters of energy under each cap that it has looked at."""
     tokens_per_second: PositiveDecimalString | None = None
     """Generated tokens per second."""
     joules_per_token: PositiveDecimalString | None = None

@@ -1,12 +1,29 @@
-"""Sums that only grow: energy used and energy saved, from counters that come, go and restart."""
+"""Sums that go on: energy used and energy saved, from counters that come, go and restart. Pure.
+
+How a saving becomes kilowatt-hours. Energy E (joules of the GPU boards, from judged epochs under the cap) was used
+while the pool's saving was Verified, with y = mean log(joules per token, capped / released). Released, the same tokens
+would have used E e^-y, so E (e^-y - 1) were saved. The ends of y's 95 % interval give the ends of the saving's.
+
+How uncertainty adds up. All joules that are valued by one estimate share its error, so the errors do not average out
+over time: for a sum of terms that are wholly correlated the standard deviations add (Var(sum a_i X) = (sum a_i)^2
+Var(X); BIPM, JCGM 100:2008, section 5.2.2, note 1). Ends of intervals are therefore added, end to end. For estimates
+that are independent (the cap before and after a change) that is wider than need be, never narrower.
+
+What was counted stays: every joule is valued once, by the estimate in force when it was reported. A later estimate
+values later joules only. So the sum falls only while a cap is verified to cost energy, and then its reason says so.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from wattlock_operator.pooling import Effect
 from wattlock_operator.reports import NodeInstance, PoolKey, PoolReport, number
 
 JOULES_PER_KWH = 3.6e6
+#: Counters of instances that went away are remembered for so many: their node may only have been away.
+MAX_GONE = 1024
+_MAX_LOG_EFFECT = 50.0
 
 CounterKey = tuple[str, str]
 """Node, and key of the instance."""
@@ -22,12 +39,57 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """An amount saved with its 95 % interval, low <= joules <= high. Negative: the cap cost energy."""
+
+    joules: float = 0.0
+    low_joules: float = 0.0
+    high_joules: float = 0.0
+
+    def __add__(self, other: "Saved") -> "Saved":
+        """Add end to end: errors are taken as common to both."""
+        return Saved(
+            self.joules + other.joules, self.low_joules + other.low_joules, self.high_joules + other.high_joules
+        )
+
+
+@dataclass(frozen=True)
+class Worth:
+    """A verified effect, and the caps (in MHz) that it is about."""
+
+    effect: Effect
+    caps_mhz: frozenset[int]
+
+    def of(self, capped_joules: float) -> Saved:
+        """Return what was saved while so many joules were used under the cap."""
+
+        def saved(log_effect: float) -> float:
+            return capped_joules * math.expm1(min(_MAX_LOG_EFFECT, -log_effect))
+
+        return Saved(saved(self.effect.mean), saved(self.effect.high), saved(self.effect.low))
+
+
+@dataclass(frozen=True)
 class Account:
     """A pool's sums. ``None`` is unknown: nothing was measured yet."""
 
     energy_joules: float | None = None
-    saved_joules: float | None = None
+    saved: Saved | None = None
     last: Mapping[CounterKey, Counters] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A pool's sums as its policy's status keeps them. ``None`` is unknown."""
+
+    energy_joules: float | None = None
+    saved: Saved | None = None
+    counted_joules: float | None = None
+    """Sum of the energy counters that energy_joules includes."""
+    counted_capped_joules: Mapping[int, float] = field(default_factory=dict)
+    """By cap in MHz: sum of the counters of energy under it that ``saved`` has looked at."""
+    verified: bool = False
+    """Whether the saving was verified then."""
 
 
 def delta(before: float | None, after: float) -> float:
@@ -42,14 +104,8 @@ def _counters(instance: NodeInstance) -> Counters:
     return Counters(number(instance.instance.energy_joules), arms)
 
 
-@dataclass(frozen=True)
-class Sums:
-    """A pool's sums as its policy's status keeps them. ``None`` is unknown."""
-
-    energy_kwh: float | None = None
-    saved_kwh: float | None = None
-    counted_joules: float | None = None
-    """Sum of the counters that energy_kwh includes."""
+def _key(item: NodeInstance) -> CounterKey:
+    return item.node, item.instance.key
 
 
 def counted_joules(report: PoolReport) -> float:
@@ -57,57 +113,75 @@ def counted_joules(report: PoolReport) -> float:
     return sum(number(item.instance.energy_joules) for item in report.instances)
 
 
-def opening(report: PoolReport, sums: Sums) -> Account:
+def counted_capped_joules(report: PoolReport) -> Mapping[int, float]:
+    """Return the sums of the pool's counters of energy under a cap, by cap in MHz, the newest sixteen."""
+    sums: dict[int, float] = {}
+    for item in report.instances:
+        for arm in item.instance.arms:
+            if arm.cap_mhz > 0:
+                sums[arm.cap_mhz] = sums.get(arm.cap_mhz, 0.0) + number(arm.joules)
+    return dict(list(sums.items())[-16:])
+
+
+def opening(report: PoolReport, sums: Sums, worth: Worth | None, elsewhere: Mapping[CounterKey, Counters]) -> Account:
     """Return the account as an operator finds it at its start.
 
     What the counters grew by while no operator watched is added. With the same instances that is exact; where
-    instances came, went or restarted it is a lower bound, because what they lost is subtracted. Savings of that
-    time are not counted. A policy that has no sum yet counts from zero, all of it.
+    instances came, went or restarted it is a lower bound, because what they lost is subtracted. Energy under the cap
+    counts as saved where the saving was verified before and is verified now, at the estimate of now. A policy that
+    has no sum yet counts its energy from zero, all of it, and its saving from now on. ``elsewhere`` are counters that
+    another pool of the policy has counted already.
     """
-    if sums.energy_kwh is None:
-        return Account()
-    now = counted_joules(report)
-    missed = 0.0 if sums.counted_joules is None else max(0.0, now - sums.counted_joules)
-    return Account(
-        energy_joules=sums.energy_kwh * JOULES_PER_KWH + missed,
-        saved_joules=None if sums.saved_kwh is None else sums.saved_kwh * JOULES_PER_KWH,
-        last={(item.node, item.instance.key): _counters(item) for item in report.instances},
-    )
+    now = {_key(item): _counters(item) for item in report.instances}
+    if sums.energy_joules is None:
+        fresh = {key: Counters(0.0, counters.arm_joules) for key, counters in now.items()}
+        return Account(saved=sums.saved, last=fresh | {key: elsewhere[key] for key in now if key in elsewhere})
+    missed = 0.0 if sums.counted_joules is None else max(0.0, counted_joules(report) - sums.counted_joules)
+    saved = sums.saved
+    if worth is not None and sums.verified:
+        capped = counted_capped_joules(report)
+        grown = sum(
+            max(0.0, capped.get(cap, 0.0) - before)
+            for cap, before in sums.counted_capped_joules.items()
+            if cap in worth.caps_mhz
+        )
+        saved = (saved or Saved()) + worth.of(grown)
+    return Account(energy_joules=sums.energy_joules + missed, saved=saved, last=now)
 
 
-def advance(account: Account, report: PoolReport, log_effect: float | None) -> Account:
-    """Return the account after a report.
-
-    ``log_effect`` is the verified mean of log(joules per token capped / released), or None while nothing is
-    verified. The capped arms then used E joules; released, the same tokens would have used E e^-effect, so
-    E (e^-effect - 1) were saved. Negative where the cap costs energy.
-    """
-    energy, saved = account.energy_joules, account.saved_joules
-    last = dict(account.last)
+def advance(
+    account: Account, report: PoolReport, worth: Worth | None, elsewhere: Mapping[CounterKey, Counters] | None = None
+) -> Account:
+    """Return the account after a report. ``worth`` is None while nothing is verified: then nothing is saved."""
+    energy, saved = account.energy_joules, account.saved
+    present: dict[CounterKey, Counters] = {}
     for item in report.instances:
-        key = (item.node, item.instance.key)
-        now, before = _counters(item), last.get(key)
-        restarted = before is not None and now.energy_joules < before.energy_joules
-        if restarted:
-            before = None
+        key, now = _key(item), _counters(item)
+        before = account.last.get(key) or (elsewhere or {}).get(key)
+        if before is not None and now.energy_joules < before.energy_joules:
+            before = None  # its counters began anew
         energy = (energy or 0.0) + delta(before.energy_joules if before else None, now.energy_joules)
-        if log_effect is not None:
+        if worth is not None:
             capped = sum(
                 delta(before.arm_joules.get(cap) if before else None, joules)
                 for cap, joules in now.arm_joules.items()
-                if cap > 0
+                if cap in worth.caps_mhz
             )
-            saved = (saved or 0.0) + capped * math.expm1(-log_effect)
-        last[key] = now
-    present = {(item.node, item.instance.key) for item in report.instances}
-    return Account(energy, saved, {key: counters for key, counters in last.items() if key in present})
+            saved = (saved or Saved()) + worth.of(capped)
+        present[key] = now
+    gone = [(key, counters) for key, counters in account.last.items() if key not in present]
+    return Account(energy, saved, dict(gone[-MAX_GONE:]) | present)
 
 
 def open_or_advance(
-    accounts: Mapping[PoolKey, Account], key: PoolKey, report: PoolReport, sums: Sums, log_effect: float | None
+    accounts: Mapping[PoolKey, Account], key: PoolKey, report: PoolReport, sums: Sums, worth: Worth | None
 ) -> Account:
     """Return the pool's account after a report, opening it where there is none."""
     account = accounts.get(key)
+    elsewhere: dict[CounterKey, Counters] = {}
+    for (uid, pool), other in accounts.items():
+        if uid == key[0] and pool != key[1]:
+            elsewhere |= other.last
     if account is None:
-        account = opening(report, sums)
-    return advance(account, report, log_effect)
+        account = opening(report, sums, worth, elsewhere)
+    return advance(account, report, worth, elsewhere)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from wattlock_api.base import decimal_string
 from wattlock_api.constants import GpuState, PowerCapVerdict, Reason, Role
-from wattlock_api.energypolicy import Limiters, Pool, PoolReason, PoolStatus, PowerCap, Savings
+from wattlock_api.energypolicy import CountedEnergy, Limiters, Pool, PoolReason, PoolStatus, PowerCap, Savings
 from wattlock_api.nodeenergy import Order
 
-from wattlock_operator.accounting import JOULES_PER_KWH, Account, counted_joules
+from wattlock_operator.accounting import JOULES_PER_KWH, Account, counted_capped_joules, counted_joules
 from wattlock_operator.orders import Orders
 from wattlock_operator.release import is_silent
 from wattlock_operator.reports import NodeGpu, NodeInstance, PoolReport, number
@@ -214,6 +214,10 @@ def pool_status(
         power_watts=sum(powers) if powers and len(powers) == len(report.gpus) else None,
         energy_kwh=None if energy is None else decimal_string(energy / JOULES_PER_KWH, 6),
         counted_joules=None if energy is None else decimal_string(counted_joules(report), 1),
+        counted_capped_joules=[
+            CountedEnergy(cap_mhz=cap, joules=decimal_string(joules, 1))
+            for cap, joules in counted_capped_joules(report).items()
+        ],
         tokens_per_second=decimal_string(sum(rates), 1) if rates else None,
         joules_per_token=None if joules is None else decimal_string(joules, 4),
         inter_token_latency_ms=None if latency is None else decimal_string(latency, 2),

@@ -8,7 +8,7 @@ from wattlock_api.constants import Mode, Reason, SavingsVerdict
 from wattlock_api.energypolicy import Cost, Savings, Verification
 from wattlock_api.nodeenergy import Moments, PairStats
 
-from wattlock_operator.accounting import JOULES_PER_KWH
+from wattlock_operator.accounting import JOULES_PER_KWH, Saved, Worth
 from wattlock_operator.pooling import Effect, Sample, change_percent, pool, saving_percent
 from wattlock_operator.reports import NodeInstance, PoolReport, number
 
@@ -22,13 +22,15 @@ class Finding:
 
     savings: Savings
     energy: Effect | None = None
+    caps_mhz: frozenset[int] = frozenset()
+    """The caps that the effects are about."""
 
     @property
-    def verified_log_effect(self) -> float | None:
-        """Mean log ratio of the energy for each token, only while it is verified."""
+    def worth(self) -> Worth | None:
+        """What energy used under the caps is worth, only while the effect is verified."""
         if self.energy is None or self.savings.verdict is not SavingsVerdict.VERIFIED:
             return None
-        return self.energy.mean
+        return Worth(self.energy, self.caps_mhz)
 
 
 def current_stats(report: PoolReport, item: NodeInstance) -> PairStats | None:
@@ -98,8 +100,8 @@ def _verdict(
     if saving.value < 0:
         return (
             SavingsVerdict.VERIFIED,
-            Reason.INTERVAL_EXCLUDES_ZERO,
-            f"the cap costs energy: saving {interval}. Raise or remove the cap",
+            Reason.CAP_COSTS_ENERGY,
+            f"the cap costs energy: saving {interval} for each token, and savedKWh falls. Raise or remove the cap",
         )
     return SavingsVerdict.VERIFIED, Reason.INTERVAL_EXCLUDES_ZERO, f"saving {interval} for each token"
 
@@ -144,7 +146,7 @@ def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> F
         instances=energy.instances if energy else 0,
         dropped_epochs=_dropped(usable),
     )
-    return Finding(savings, energy)
+    return Finding(savings, energy, frozenset(entry.cap_mhz for entry in found))
 
 
 def _dropped(items: Sequence[NodeInstance]) -> int:
@@ -154,17 +156,25 @@ def _dropped(items: Sequence[NodeInstance]) -> int:
     )
 
 
-def with_totals(savings: Savings, saved_joules: float | None, cost: Cost) -> Savings:
-    """Return the savings with the sums in kWh, money and carbon. PUE counts only where the policy gives it."""
-    if saved_joules is None:
+def with_totals(savings: Savings, saved: Saved | None, cost: Cost) -> Savings:
+    """Return the savings with the sums in kWh, money and carbon, each with its interval.
+
+    Kilowatt-hours are those of the GPU boards. PUE enters cost and carbon alone, and only where the policy gives it.
+    """
+    if saved is None:
         return savings
-    kwh = saved_joules / JOULES_PER_KWH
-    whole = kwh * float(cost.pue or 1)
+    amounts = (saved.joules, saved.low_joules, saved.high_joules)
     price, grams = cost.price_per_kwh, cost.grams_co2_per_kwh
-    return savings.model_copy(
-        update={
-            "saved_kwh": _signed(decimal_string(kwh, 6)),
-            "saved_cost": None if price is None else _signed(decimal_string(whole * float(price), 4)),
-            "saved_kg_co2": None if grams is None else _signed(decimal_string(whole * grams / 1000, 4)),
-        }
-    )
+    pue = float(cost.pue or 1)
+    factors = {
+        "saved_kwh": (1.0, 6),
+        "saved_cost": None if price is None else (pue * float(price), 4),
+        "saved_kg_co2": None if grams is None else (pue * grams / 1000, 4),
+    }
+    update: dict[str, object] = {}
+    for name, factor in factors.items():
+        if factor is None:
+            continue
+        value, *ends = (_signed(decimal_string(joules / JOULES_PER_KWH * factor[0], factor[1])) for joules in amounts)
+        update |= {name: value, f"{name}_ci95": ends}
+    return savings.model_copy(update=update)

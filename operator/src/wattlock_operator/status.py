@@ -7,7 +7,7 @@ from wattlock_api.base import parse_timestamp
 from wattlock_api.constants import Mode, Reason, Role, SavingsVerdict
 from wattlock_api.energypolicy import EnergyPolicyStatus, PoolStatus, Summary
 
-from wattlock_operator.accounting import Account, Sums, open_or_advance
+from wattlock_operator.accounting import JOULES_PER_KWH, Account, Saved, Sums, open_or_advance
 from wattlock_operator.conditions import Facts, dated, find_conditions
 from wattlock_operator.orders import Orders
 from wattlock_operator.pooling import saving_percent
@@ -89,15 +89,19 @@ def _is_young(policy: PolicyView, now_seconds: float) -> bool:
 
 
 def _sums(pool: PoolStatus | None) -> Sums:
-    def known(text: str | None) -> float | None:
-        return None if text is None else number(text)
-
+    """Return the sums that the last status tells. A saving without an interval is nobody's word: not taken over."""
     if pool is None:
         return Sums()
+    savings, saved = pool.savings, None
+    if savings is not None and savings.saved_kwh is not None and len(savings.saved_kwh_ci95 or ()) == 2:
+        amounts = (number(text) * JOULES_PER_KWH for text in (savings.saved_kwh, *(savings.saved_kwh_ci95 or ())))
+        saved = Saved(*amounts)
     return Sums(
-        energy_kwh=known(pool.energy_kwh),
-        saved_kwh=known(pool.savings.saved_kwh) if pool.savings else None,
-        counted_joules=known(pool.counted_joules),
+        energy_joules=None if pool.energy_kwh is None else number(pool.energy_kwh) * JOULES_PER_KWH,
+        saved=saved,
+        counted_joules=None if pool.counted_joules is None else number(pool.counted_joules),
+        counted_capped_joules={entry.cap_mhz: number(entry.joules) for entry in pool.counted_capped_joules},
+        verified=savings is not None and savings.verdict is SavingsVerdict.VERIFIED,
     )
 
 
@@ -127,11 +131,11 @@ def report_policy(
         if policy.spec is not None and pool.role is Role.DECODE:
             finding = find_saving(policy.spec.verification, policy.spec.mode, report)
             findings.append(finding)
-        effect = finding.verified_log_effect if finding else None
-        account = kept[key] = open_or_advance(accounts, key, report, _sums(previous.get(pool.name)), effect)
+        worth = finding.worth if finding else None
+        account = kept[key] = open_or_advance(accounts, key, report, _sums(previous.get(pool.name)), worth)
         savings = None
         if finding is not None and policy.spec is not None:
-            savings = with_totals(finding.savings, account.saved_joules, policy.spec.cost)
+            savings = with_totals(finding.savings, account.saved, policy.spec.cost)
         own = [member for member in members if member.pool.name == pool.name]
         pools.append(
             pool_status(pool, own, report, account, savings, held.get(pool.name, ()), problems.get(pool.name, ()))
