@@ -1,6 +1,7 @@
 """The parser of serving pages: recorded pages of real engines, hostile pages, and pages of any bytes at all."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,9 @@ def test_values_are_summed_over_engines_and_the_newest_birth_counts() -> None:
 
 def test_what_the_page_does_not_have_is_unknown_and_not_zero() -> None:
     result = counters("vllm:generation_tokens_total 5\n")
-    assert result == ServingCounters(0.0, 5.0, None, None, None, None, None, None, None, None)
+    assert replace(result, generated_by_series=()) == ServingCounters(
+        0.0, 5.0, None, None, None, None, None, None, None, None
+    )
 
 
 def test_old_names_of_vllm_serve_until_new_ones_appear() -> None:
@@ -116,7 +119,7 @@ sglang:inter_token_latency_seconds_count{model_name="m"} 1000
 
 
 def test_sglang_pages_are_understood_and_ranks_of_one_replica_count_once() -> None:
-    assert counters(SGLANG) == ServingCounters(
+    assert replace(counters(SGLANG), generated_by_series=()) == ServingCounters(
         0.0, 7557572.0, 8128902.0, 100.0, 12.5, 1000.0, 161.0 + 9.0, 2826.0, None, None
     )
 
@@ -218,6 +221,9 @@ PIECES = st.sampled_from(
         b"vllm:generation_tokens_total",
         b"vllm:prompt_tokens_by_source_total",
         b"sglang:num_running_reqs",
+        b"vllm:estimated_read_bytes_per_gpu_total",
+        b"vllm:estimated_write_bytes_per_gpu_total",
+        b"process_start_time_seconds",
         b"vllm:",
         b"{",
         b"}",
@@ -250,7 +256,8 @@ PIECES = st.sampled_from(
 def test_any_bytes_give_counters_or_a_failure(page: bytes) -> None:
     result = parse_page(page, 1.0)
     if isinstance(result, ServingCounters):
-        values = [value for value in vars(result).values() if value is not None]
+        values = [value for value in vars(result).values() if isinstance(value, float)]
+        values += [value for _, value in result.generated_by_series]
         assert all(0 <= value < float("inf") for value in values)
     else:
         assert result.message

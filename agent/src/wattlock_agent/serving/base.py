@@ -10,6 +10,7 @@ class ServingCounters:
     at_seconds: float
     """Monotonic time at which the page was asked for."""
     generated_tokens: float | None
+    """Where the engine has two counters, the one that grows while a request runs, not when it ends."""
     prompt_tokens: float | None
     """All prompt tokens, wherever they were computed."""
     computed_prompt_tokens: float | None
@@ -20,7 +21,18 @@ class ServingCounters:
     waiting_requests: float | None
     preemptions: float | None
     born_seconds: float | None
-    """Time of birth of the generated-tokens counter, in seconds since 1970; a new value means a restart."""
+    """Time of birth of the generated-tokens counter, in seconds since 1970; a new value means a restart. Of several
+    engines on the page the newest."""
+    kv_cache_usage: float | None = None
+    """Share of the KV cache in use, 0 to 1; of several engines the fullest."""
+    estimated_flops_per_gpu: float | None = None
+    """Floating-point operations so far, estimated by the engine for one GPU; zero while it does not estimate."""
+    estimated_bytes_per_gpu: float | None = None
+    """Bytes read and written in the GPU's memory so far, estimated in the same way."""
+    process_started_seconds: float | None = None
+    """Start of the process that serves the page, in seconds since 1970."""
+    generated_by_series: tuple[tuple[str, float], ...] = ()
+    """The parts of generated_tokens by series, sorted: one restarted engine of several may hide in the sum."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +55,42 @@ class ServingDelta:
     prompt_tokens: float | None
     inter_token_latency_sum_seconds: float | None
     inter_token_latency_count: float | None
+    estimated_flops_per_gpu: float | None = None
+    estimated_bytes_per_gpu: float | None = None
 
 
 def is_restart(before: ServingCounters, after: ServingCounters) -> bool:
-    """Return whether a counter went back or was born anew between two pages: the engine restarted."""
-    if before.born_seconds is not None and after.born_seconds is not None and before.born_seconds != after.born_seconds:
+    """Return whether a counter began anew between two pages, so that their difference is no work.
+
+    A counter that went back is the plain sign. One that comes back *higher* than it was, because the new engine was
+    quick or was not looked at for long, shows in its ``_created`` time (however often it restarted), and where the
+    client library leaves those out (multiprocess mode, PROMETHEUS_DISABLE_CREATED_SERIES) in the start of the
+    process. A series that vanished, or counts under another name since an upgrade, is a restart too; one that is new
+    is not: engines make some at first use.
+    """
+    if _differ(before.born_seconds, after.born_seconds):
         return True
-    names = ("generated_tokens", "prompt_tokens", "computed_prompt_tokens", "inter_token_latency_count")
+    if _differ(before.process_started_seconds, after.process_started_seconds):
+        return True
+    parts = dict(after.generated_by_series)
+    if any(series not in parts or parts[series] < value for series, value in before.generated_by_series):
+        return True
+    names = (
+        "generated_tokens",
+        "prompt_tokens",
+        "computed_prompt_tokens",
+        "inter_token_latency_count",
+        "estimated_flops_per_gpu",
+        "estimated_bytes_per_gpu",
+    )
     return any(
         (old := getattr(before, name)) is not None and (new := getattr(after, name)) is not None and new < old
         for name in names
     )
+
+
+def _differ(before: float | None, after: float | None) -> bool:
+    return before is not None and after is not None and before != after
 
 
 def difference(before: ServingCounters, after: ServingCounters) -> ServingDelta:
@@ -71,4 +108,6 @@ def difference(before: ServingCounters, after: ServingCounters) -> ServingDelta:
             before.inter_token_latency_sum_seconds, after.inter_token_latency_sum_seconds
         ),
         inter_token_latency_count=delta(before.inter_token_latency_count, after.inter_token_latency_count),
+        estimated_flops_per_gpu=delta(before.estimated_flops_per_gpu, after.estimated_flops_per_gpu),
+        estimated_bytes_per_gpu=delta(before.estimated_bytes_per_gpu, after.estimated_bytes_per_gpu),
     )

@@ -21,7 +21,11 @@ MAX_LINES = 100_000
 MAX_LINE_BYTES = 16 * 1024
 MAX_SERIES = 4_096
 
-_PREFIXES = (b"vllm:", b"sglang:")
+#: Start of the process, from prometheus_client's own collector; absent in its multiprocess mode.
+_PROCESS_START = b"process_start_time_seconds"
+_PREFIXES = (b"vllm:", b"sglang:", _PROCESS_START)
+#: Series of generated tokens that are kept apart; a page with more has only its sum watched.
+_MAX_PARTS = 64
 _LABELS = rb'\{(?P<labels>(?:[^"}]|"(?:[^"\\]|\\.)*+")*+)\}'
 _SAMPLE = re.compile(
     rb"(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*+)(?:" + _LABELS + rb")?[ \t]*+"
@@ -41,15 +45,35 @@ class _Source:
     name: bytes
     label: bytes | None = None
     value: bytes | None = None
+    must_match: bool = False
+    """Without a series of this label the next source is asked; otherwise there being none means zero."""
+
+    def of(self, families: Mapping[bytes, "_Family"]) -> "_Family | None":
+        """Return the family, if the page has it for this purpose."""
+        family = families.get(self.name)
+        if family is None or not self.must_match:
+            return family
+        return family if any((self.label, self.value) in labels for labels in family.samples) else None
 
 
 def _sources(*names: str) -> tuple[_Source, ...]:
     return tuple(_Source(name.encode()) for name in names)
 
 
-#: Where each value comes from, newest name first: the first family that the page has is taken, never a mixture.
+#: Where each value comes from, newest or best name first: the first family that the page has is taken, never a mixture.
+#:
+#: vLLM: https://docs.vllm.ai/en/v0.32.0/usage/metrics/ and, for the V0 engine, /en/v0.5.5/serving/metrics.html. Series
+#: had only ``model_name`` then; V1 added ``engine``, and renamed the KV use. Its per-request histogram
+#: request_prefill_kv_computed_tokens is no stand-in for prompt_tokens_by_source_total: on the recorded page of a
+#: decode instance it counts the KV that NIXL brought as computed.
+#: SGLang: docs.sglang.io/docs/references/production_metrics; its generation_tokens_total grows only when a request
+#: ends, realtime_tokens_total while it runs. Each rank writes its own series.
 _COUNTERS: Mapping[str, tuple[_Source, ...]] = {
-    "generated_tokens": _sources("vllm:generation_tokens_total", "sglang:generation_tokens_total"),
+    "generated_tokens": (
+        _Source(b"vllm:generation_tokens_total"),
+        _Source(b"sglang:realtime_tokens_total", b"mode", b"decode", must_match=True),
+        _Source(b"sglang:generation_tokens_total"),
+    ),
     "prompt_tokens": _sources("vllm:prompt_tokens_total", "sglang:prompt_tokens_total"),
     "computed_prompt_tokens": (
         _Source(b"vllm:prompt_tokens_by_source_total", b"source", b"local_compute"),
@@ -68,13 +92,26 @@ _COUNTERS: Mapping[str, tuple[_Source, ...]] = {
         "sglang:time_per_output_token_seconds_count",
     ),
     "preemptions": _sources("vllm:num_preemptions_total"),
+    # Both engines: only with --enable-mfu-metrics; without it vLLM shows zeros.
+    "estimated_flops_per_gpu": _sources("vllm:estimated_flops_per_gpu_total", "sglang:estimated_flops_per_gpu_total"),
 }
+#: Summed into estimated_bytes_per_gpu.
+_BYTES = (
+    _sources("vllm:estimated_read_bytes_per_gpu_total", "sglang:estimated_read_bytes_per_gpu_total"),
+    _sources("vllm:estimated_write_bytes_per_gpu_total", "sglang:estimated_write_bytes_per_gpu_total"),
+)
 _GAUGES: Mapping[str, tuple[_Source, ...]] = {
     "running_requests": _sources("vllm:num_requests_running", "sglang:num_running_reqs"),
     "waiting_requests": _sources("vllm:num_requests_waiting", "sglang:num_queue_reqs"),
 }
+#: Shares, of which a sum over engines would mean nothing. The second name is vLLM's until 0.10.
+_KV_USAGE = _sources("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage")
 _BIRTHS = _sources("vllm:generation_tokens_created", "sglang:generation_tokens_created")
-_WANTED = frozenset(source.name for sources in (*_COUNTERS.values(), *_GAUGES.values(), _BIRTHS) for source in sources)
+_WANTED = frozenset(
+    source.name
+    for sources in (*_COUNTERS.values(), *_BYTES, *_GAUGES.values(), _KV_USAGE, _BIRTHS, (_Source(_PROCESS_START),))
+    for source in sources
+)
 
 
 class _BadPageError(Exception):
@@ -110,7 +147,10 @@ def parse_page(page: bytes, at_seconds: float) -> ServingCounters | ScrapeFailur
             values[name] = _counter(families, sources)
         for name, sources in _GAUGES.items():
             values[name] = _gauge(families, sources)
-        born = _born(families)
+        parts = _parts(families, _COUNTERS["generated_tokens"])
+        values["estimated_bytes_per_gpu"] = _moved_bytes(families)
+        values["kv_cache_usage"] = _largest(families, _KV_USAGE)
+        born = _largest(families, _BIRTHS)
         if all(value is None for value in values.values()):
             raise _BadPageError(
                 Reason.NO_SERVING_METRICS,
@@ -119,7 +159,14 @@ def parse_page(page: bytes, at_seconds: float) -> ServingCounters | ScrapeFailur
             )
     except _BadPageError as error:
         return ScrapeFailure(at_seconds, error.reason, str(error))
-    return ServingCounters(at_seconds=at_seconds, born_seconds=born, **values)
+    started = _largest(families, (_Source(_PROCESS_START),))
+    return ServingCounters(
+        at_seconds=at_seconds,
+        born_seconds=born,
+        process_started_seconds=started,
+        generated_by_series=parts,
+        **values,
+    )
 
 
 def _families(page: bytes) -> dict[bytes, _Family]:
@@ -144,9 +191,11 @@ def _families(page: bytes) -> dict[bytes, _Family]:
         series += 1
         if series > MAX_SERIES:
             raise _BadPageError(Reason.METRICS_TOO_LARGE, f"the page has more than {MAX_SERIES} series of interest")
+        if name == _PROCESS_START and _SAMPLE.fullmatch(line) is None:
+            continue  # a hint about restarts, no reason to refuse the page
         labels, value = _sample(line)
         samples = families.setdefault(name, _Family()).samples
-        if labels in samples:
+        if labels in samples and name != _PROCESS_START:
             raise _invalid(f"the series {_shown(line)} is on the page twice")
         samples[labels] = value
     return families
@@ -186,7 +235,7 @@ def _sample(line: bytes) -> tuple[tuple[tuple[bytes, bytes], ...], float]:
 
 def _counter(families: Mapping[bytes, _Family], sources: tuple[_Source, ...]) -> float | None:
     for source in sources:
-        family = families.get(source.name)
+        family = source.of(families)
         if family is None:
             continue
         for value in family.samples.values():
@@ -199,6 +248,15 @@ def _counter(families: Mapping[bytes, _Family], sources: tuple[_Source, ...]) ->
     return None
 
 
+def _moved_bytes(families: Mapping[bytes, _Family]) -> float | None:
+    read, written = (_counter(families, sources) for sources in _BYTES)
+    if read is None or written is None:
+        return None
+    if not math.isfinite(read + written):
+        raise _invalid("the sum of the estimated bytes is not finite")
+    return read + written
+
+
 def _gauge(families: Mapping[bytes, _Family], sources: tuple[_Source, ...]) -> float | None:
     """Return a gauge, or None where it makes no sense: a gauge decides nothing alone, so the page stays usable."""
     for source in sources:
@@ -208,23 +266,41 @@ def _gauge(families: Mapping[bytes, _Family], sources: tuple[_Source, ...]) -> f
     return None
 
 
-def _total(family: _Family, source: _Source) -> float:
-    """Return the sum over replicas; of the ranks of one replica the largest counts."""
+def _replicas(family: _Family, source: _Source) -> dict[tuple[tuple[bytes, bytes], ...], float]:
+    """Return the value of each replica; of the ranks of one replica the largest counts."""
     groups: dict[tuple[tuple[bytes, bytes], ...], float] = {}
     for labels, value in family.samples.items():
         if source.label is not None and (source.label, source.value) not in labels:
             continue
         replica = tuple(pair for pair in labels if pair[0] not in _RANK_LABELS)
         groups[replica] = max(groups.get(replica, value), value)
-    return sum(groups.values())
+    return groups
 
 
-def _born(families: Mapping[bytes, _Family]) -> float | None:
-    """Return the newest birth over all engines: whichever of them restarts, it changes."""
-    for source in _BIRTHS:
+def _total(family: _Family, source: _Source) -> float:
+    return sum(_replicas(family, source).values())
+
+
+def _parts(families: Mapping[bytes, _Family], sources: tuple[_Source, ...]) -> tuple[tuple[str, float], ...]:
+    """Return the replicas of a counter by name and labels; none of a page with too many."""
+    for source in sources:
+        family = source.of(families)
+        if family is None:
+            continue
+        found = {
+            f"{source.name.decode()} {b','.join(b'='.join(pair) for pair in replica).decode()}": value
+            for replica, value in _replicas(family, source).items()
+        }
+        return tuple(sorted(found.items())) if len(found) <= _MAX_PARTS else ()
+    return ()
+
+
+def _largest(families: Mapping[bytes, _Family], sources: tuple[_Source, ...]) -> float | None:
+    """Return the largest over all engines. Of births and starts: whichever of them restarts, it changes."""
+    for source in sources:
         if family := families.get(source.name):
-            born = max(family.samples.values())
-            return born if math.isfinite(born) and born >= 0 else None
+            value = max(family.samples.values())
+            return value if math.isfinite(value) and value >= 0 else None
     return None
 
 
