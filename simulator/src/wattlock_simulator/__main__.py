@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parts = parser.add_subparsers(dest="part", required=True)
     _node_arguments(parts.add_parser("node", help="the driver's node process, and the device plugin"))
     _serve_arguments(parts.add_parser("serve", help="a simulated serving engine"))
+    _follow_arguments(parts.add_parser("follow", help="put the load of a real vLLM on the simulated GPUs it holds"))
     _truth_arguments(parts.add_parser("truth", help="print what a cap truly saves"))
     _control_arguments(parts.add_parser("control", help="do something to the GPUs from outside, or show them"))
     return parser
@@ -60,11 +61,15 @@ def _node_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-directory", type=Path, help="--directory on the host, if that differs")
 
 
+def _held_gpus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus", default=os.environ.get("NVIDIA_VISIBLE_DEVICES", ""), help="UUIDs, or all")
+
+
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     _directory(parser)
     _model_arguments(parser)
+    _held_gpus(parser)
     parser.add_argument("--role", type=Role, choices=list(Role), default=Role.DECODE)
-    parser.add_argument("--gpus", default=os.environ.get("NVIDIA_VISIBLE_DEVICES", ""), help="UUIDs, or all")
     parser.add_argument("--jitter", type=float, default=0.03, help="noise of the running batch per second, relative")
     parser.add_argument("--computes-prompts", action="store_true", help="a decode engine that prefills by itself")
     parser.add_argument("--output-tokens", type=int, default=256, help="tokens that a request generates")
@@ -72,6 +77,15 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of the load noise (default: from the host name)")
     parser.add_argument("--address", default="", help="address to listen on (default: all)")
     parser.add_argument("--port", type=int, default=8000)
+
+
+def _follow_arguments(parser: argparse.ArgumentParser) -> None:
+    _directory(parser)
+    _model_arguments(parser)
+    _held_gpus(parser)
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000/metrics", help="the engine's page (default: %(default)s)"
+    )
 
 
 def _truth_arguments(parser: argparse.ArgumentParser) -> None:

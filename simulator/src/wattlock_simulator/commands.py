@@ -17,6 +17,7 @@ from wattlock_simulator.device_plugin import DevicePlugin, PluginSettings
 from wattlock_simulator.node import Node
 from wattlock_simulator.physics import Phase, Workload
 from wattlock_simulator.serving.engine import Settings
+from wattlock_simulator.serving.follow import Follower
 from wattlock_simulator.serving.instance import Instance
 from wattlock_simulator.serving.server import Server
 from wattlock_simulator.state import StateError, StateFile
@@ -89,6 +90,15 @@ def serve(options: argparse.Namespace) -> int:
     with StateFile.open(options.directory) as file:
         instance = Instance(_held(file, options.gpus), settings, model_name=options.model_name, seed=seed)
         Server((options.address, options.port), instance).run(stop)
+    return 0
+
+
+def follow(options: argparse.Namespace) -> int:
+    """Follows a real engine until SIGTERM."""
+    stop = _stop_on_signals()
+    busy = Workload(options.architecture, Phase.DECODE, options.batch, options.context)
+    with StateFile.open(options.directory) as file:
+        Follower(options.url, _held(file, options.gpus), busy).run(stop)
     return 0
 
 
@@ -172,6 +182,7 @@ def _set_workload(gpu: layout.Gpu, options: argparse.Namespace) -> None:
 PARTS: dict[str, Callable[[argparse.Namespace], int]] = {
     "node": node,
     "serve": serve,
+    "follow": follow,
     "truth": truth,
     "control": control_gpus,
 }
