@@ -138,7 +138,7 @@ def observe() -> None:
     shown("kubectl", "apply", "-f", str(HERE / "policy.yaml"))
     status = watch(
         "both pools are measured",
-        lambda s: bool(pool(s, "decode").get("joulesPerToken") and pool(s, "prefill").get("powerWatts")),
+        lambda s: bool(pool(s, "decode").get("joulesPerGeneratedToken") and pool(s, "prefill").get("powerWatts")),
         120,
     )
     check(pool(status, "decode")["gpus"] == DECODE_GPUS, f"{DECODE_GPUS} decode GPUs are observed")
@@ -178,7 +178,7 @@ def examine(status: dict[str, Any]) -> None:
     check(decode["requestedMHz"] == CAP_MHZ, f"decode: {CAP_MHZ} MHz requested")
     check(decode["observedMHz"] == CAP_MHZ, f"decode: {CAP_MHZ} MHz observed under load")
     check(prefill["locked"] == 0 and prefill["gpus"] == PREFILL_GPUS, "prefill: left at default clocks")
-    check(decode["powerWatts"] > 0, f"decode: {decode['powerWatts']} W, {decode['joulesPerToken']} J for each token")
+    check(decode["powerWatts"] > 0, f"decode: {decode['powerWatts']} W, {decode['joulesPerGeneratedToken']} J for each token")
     check(
         interval_holds(status, truth),
         f"saved {savings['energyPercent']} % for each token ({interval} %): holds the simulator's true {truth:.1f} %",

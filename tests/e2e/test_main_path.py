@@ -24,7 +24,10 @@ def test_decode_is_capped_prefill_left_alone_and_both_are_measured(serving_pods,
     eventually("the driver has a lock on every decode GPU", lambda: simulator.locked() == decode, 30)
     status = eventually(
         "the pools are measured",
-        lambda: {"joulesPerToken", "observedMHz", "powerWatts"} <= (pool := workload.pool("decode")).keys() and pool,
+        lambda: (
+            {"joulesPerGeneratedToken", "observedMHz", "powerWatts"} <= (pool := workload.pool("decode")).keys()
+            and pool
+        ),
         60,
     )
     assert status["gpus"] == status["locked"] == status["instances"] == 2
@@ -46,7 +49,7 @@ def test_observe_writes_to_no_gpu(serving_pods, simulator, good_policy):
     workload = serving_pods
     before = simulator.writes()
     workload.kubectl.apply(edited(good_policy, mode="Observe"))
-    eventually("decode is measured", lambda: workload.pool("decode").get("joulesPerToken"), 60)
+    eventually("decode is measured", lambda: workload.pool("decode").get("joulesPerGeneratedToken"), 60)
     assert workload.pool("decode")["locked"] == 0
     assert simulator.writes() == before
     assert workload.condition("Enforced")["status"] == "False"

@@ -314,5 +314,5 @@ class InstanceTrack:
         if len(samples) > 1 and samples[-1].generated_tokens > samples[0].generated_tokens:
             joules = samples[-1].joules - samples[0].joules
             tokens = samples[-1].generated_tokens - samples[0].generated_tokens
-            rates["joules_per_token"] = decimal_string(joules / tokens, 6)
+            rates["joules_per_generated_token"] = decimal_string(joules / tokens, 6)
         return rates

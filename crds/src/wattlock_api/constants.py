@@ -16,6 +16,10 @@ FINALIZER = f"{GROUP}/release-gpus"
 FORCE_RELEASE_ANNOTATION = f"{GROUP}/abandon-unreachable-nodes"
 #: On agent DaemonSets and their pods: hash of the placement that they serve.
 PLACEMENT_LABEL = f"{GROUP}/placement"
+#: On a NodeEnergy, written by the operator: power of the instances whose other nodes' agents reported it, as JSON (see
+#: wattlock_api.peerpower). An annotation and not the spec, because it is news and no order: it must not make the
+#: generation move, which says whether orders are acted on.
+PEER_POWER_ANNOTATION = f"{GROUP}/peer-power"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 AGENT_COMPONENT = "agent"
 
@@ -113,6 +117,8 @@ class Reason(StrEnum):
     METRICS_INVALID = "MetricsInvalid"
     METRICS_TOO_LARGE = "MetricsTooLarge"
     COUNTERS_RESTARTED = "CountersRestarted"
+    NO_TOKENS = "NoTokens"
+    SPANS_NODES = "SpansNodes"
     # about savings
     VERIFICATION_OFF = "VerificationOff"
     NOTHING_LOCKED = "NothingLocked"
@@ -141,6 +147,14 @@ class SavingsVerdict(StrEnum):
 
     VERIFIED = "Verified"
     INCONCLUSIVE = "Inconclusive"
+    UNKNOWN = "Unknown"
+
+
+class RooflineVerdict(StrEnum):
+    """What limits a pool, by its arithmetic intensity."""
+
+    MEMORY_BOUND = "MemoryBound"
+    COMPUTE_BOUND = "ComputeBound"
     UNKNOWN = "Unknown"
 
 

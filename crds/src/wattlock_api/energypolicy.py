@@ -17,7 +17,7 @@ from wattlock_api.base import (
     Toleration,
     cel,
 )
-from wattlock_api.constants import Architecture, Mode, PowerCapVerdict, Role, SavingsVerdict
+from wattlock_api.constants import Architecture, Mode, PowerCapVerdict, Role, RooflineVerdict, SavingsVerdict
 
 
 class Clock(ApiModel):
@@ -230,7 +230,22 @@ class PowerCap(ApiModel):
     time_at_cap_percent: PositiveDecimalString | None = None
     """Share of the busy time at the power cap, from the driver's nanosecond counter, in percent."""
     verdict: PowerCapVerdict = PowerCapVerdict.UNKNOWN
-    """Inert: it never acted. Binding: it held the clock down. Unknown: too little busy time to say."""
+    """Inert: at most 1 % of the busy time. Binding: more, so it held the clock down. Unknown: no GPU was busy for a
+    minute yet, or none counts this time. (The counter trails the load by up to 0.4 s: 0.7 % of a minute.)"""
+
+
+class Roofline(ApiModel):
+    """Whether memory bandwidth or arithmetic limits the pool, from the engines' own estimate of their work."""
+
+    arithmetic_intensity: PositiveDecimalString
+    """Estimated floating-point operations for each byte read or written in GPU memory."""
+    ridge: PositiveDecimalString | None = None
+    """Intensity at which the GPU turns from memory-bound to compute-bound, in FLOP per byte: dense BF16 peak by memory
+    bandwidth, from the data sheet. Absent where it is not known for the pool's GPUs."""
+    verdict: RooflineVerdict = RooflineVerdict.UNKNOWN
+    """MemoryBound: below the ridge. ComputeBound: not below it. Unknown: the message says why."""
+    message: Sentence = ""
+    """The same as a sentence."""
 
 
 class Savings(ApiModel):
@@ -330,8 +345,12 @@ class PoolStatus(ApiModel):
     """The same for savedKWh: the agents' counters of energy under each cap that it has looked at."""
     tokens_per_second: PositiveDecimalString | None = None
     """Generated tokens per second."""
-    joules_per_token: PositiveDecimalString | None = None
-    """GPU-board joules for each generated token (Prefill: for each computed prompt token)."""
+    prompt_tokens_per_second: PositiveDecimalString | None = None
+    """Prompt tokens per second that the pool computed itself (not taken from a cache or another instance)."""
+    joules_per_generated_token: PositiveDecimalString | None = None
+    """GPU-board joules for each generated token; Decode and Mixed pools. Absent: not measured, or no tokens."""
+    joules_per_prompt_token: PositiveDecimalString | None = None
+    """GPU-board joules for each computed prompt token; Prefill pools. Absent: not measured, or no tokens."""
     inter_token_latency_ms: PositiveDecimalString | None = None
     """Mean inter-token latency, in milliseconds."""
     limiters: Limiters = Limiters()
@@ -340,6 +359,7 @@ class PoolStatus(ApiModel):
     clamp_seconds: PositiveDecimalString = "0"
     """Seconds for which that was so, summed over GPUs."""
     power_cap: PowerCap = PowerCap()
+    roofline: Roofline | None = None
     savings: Savings | None = None
     reasons: Annotated[
         list[PoolReason],

@@ -25,6 +25,7 @@ from wattlock_api.schedule import Experiment
 #: The scheme and a literal address: an agent never resolves a name.
 _METRICS_URL = r"^http://[0-9a-fA-F.:\[\]]+/[A-Za-z0-9._~/-]*$"
 InstanceName = Annotated[str, Field(min_length=1, max_length=512)]
+NodeName = Annotated[str, Field(min_length=1, max_length=253)]
 PoolName = Annotated[str, Field(min_length=1, max_length=32)]
 
 
@@ -63,6 +64,18 @@ class OrderExperiment(ApiModel):
         return Experiment(self.seed, self.epoch_seconds, self.control_share)
 
 
+class InstanceSpan(ApiModel):
+    """The whole of an instance that has pods on several nodes, or pods that Wattlock does not see.
+
+    Energy for each token needs the energy of all its GPUs: from one node alone it would look too low.
+    """
+
+    nodes: Annotated[list[NodeName], Field(min_length=1, max_length=64)]
+    """Every node with a GPU pod of the instance, sorted; this one too."""
+    missing_pods: Annotated[int, Field(ge=0)] = 0
+    """Pods that the instance should have and that the policy does not select, or that do not run."""
+
+
 class Order(ApiModel):
     """What is wanted of the GPUs of one pod."""
 
@@ -90,6 +103,8 @@ class Order(ApiModel):
     """When the agent releases by itself."""
     metrics_url: Annotated[str, Field(pattern=_METRICS_URL, max_length=256)] | None = None
     """Where the pod serves its metrics: its own address, never one that a user typed. Absent until it has one."""
+    span: InstanceSpan | None = None
+    """Absent: all of the instance is on this node."""
 
 
 class NodeEnergySpec(ApiModel):
@@ -171,8 +186,14 @@ class GpuStatus(ApiModel):
     """Highest instantaneous power in the last report interval, in watts."""
     power_limit_watts: int | None = None
     """Enforced power limit, in watts."""
-    energy_joules: PositiveDecimalString = "0"
-    """Energy since tracking began, in joules; restarts of the driver's counter are bridged."""
+    energy_joules: PositiveDecimalString | None = None
+    """Energy since tracking began, in joules, from the driver's energy counter alone. An interval of which the counter
+    does not tell is left out and counted in energyGaps. Absent where the GPU has no counter, see energyReason."""
+    energy_reason: ReasonName = ""
+    """Why there is no energy and no power, one word; empty when there is."""
+    energy_gaps: int = 0
+    """Intervals that are not in energyJoules: the driver or the GPU restarted, or the counter jumped by more than the
+    board can use."""
     busy_seconds: PositiveDecimalString = "0"
     """Time with work, in seconds."""
     clamped: bool = False
@@ -235,6 +256,17 @@ class DroppedEpochs(ApiModel):
     """Fewer than 80 % of the samples."""
     not_applied: int = 0
     """The GPUs were not as the schedule asked: guardrail, conflict, a late start."""
+    peers: int = 0
+    """The instance's energy on its other nodes is not known for that epoch."""
+
+
+class EpochPower(ApiModel):
+    """Power of an instance's GPUs on one node in an epoch that is over."""
+
+    epoch: Annotated[int, Field(ge=0)]
+    """Number of the epoch; see wattlock_api.schedule."""
+    watts: PositiveDecimalString | None = None
+    """Mean power over the part of the epoch that is measured, in watts. Absent: the epoch cannot be used."""
 
 
 class InstanceStatus(ApiModel):
@@ -256,12 +288,23 @@ class InstanceStatus(ApiModel):
     """Generated tokens per second over the last report interval."""
     prompt_tokens_per_second: PositiveDecimalString | None = None
     """Prompt tokens computed here per second (not taken from a cache or another instance)."""
-    joules_per_token: PositiveDecimalString | None = None
+    joules_per_generated_token: PositiveDecimalString | None = None
     """GPU-board joules for each generated token over the last report interval."""
+    joules_per_prompt_token: PositiveDecimalString | None = None
+    """GPU-board joules for each computed prompt token over the last report interval; Prefill pools only."""
+    token_energy_reason: ReasonName = ""
+    """Why there are no joules for each token although tokens and energy are measured, one word: NoTokens (it was idle),
+    SpansNodes (this node's GPUs are only a part; the pool's status has the whole)."""
     inter_token_latency_ms: PositiveDecimalString | None = None
     """Mean inter-token latency over the last report interval, in milliseconds."""
     waiting_requests: int | None = None
     """Requests that wait for a place in the batch."""
+    kv_cache_usage_percent: PositiveDecimalString | None = None
+    """Share of the KV cache in use, in percent; of several engines the fullest."""
+    estimated_gigaflops: PositiveDecimalString | None = None
+    """Floating-point operations of one GPU by the engine's own estimate, in 10^9 a second."""
+    estimated_gigabytes: PositiveDecimalString | None = None
+    """Bytes moved to and from the memory of one GPU by the engine's own estimate, in 10^9 a second."""
     computes_prompts: bool = False
     """Whether it is held released because it computes prompts itself."""
     guardrail_tripped: bool = False
@@ -278,6 +321,8 @@ class InstanceStatus(ApiModel):
     """The experiment so far."""
     dropped: DroppedEpochs = DroppedEpochs()
     """Epochs that were not used."""
+    epochs: Annotated[list[EpochPower], Field(max_length=8, json_schema_extra=_map_list("epoch"))] = []
+    """The last closed epochs, where the instance has its metrics on another node: the agent there needs them."""
 
 
 class NodeEnergyStatus(ApiModel):

@@ -103,7 +103,8 @@ def _pool_values(pool: PoolStatus) -> dict[str, float]:
         "requested_sm_clock_mhz": pool.requested_mhz,
         "observed_sm_clock_mhz": pool.observed_mhz,
         "tokens_per_second": pool.tokens_per_second,
-        "joules_per_token": pool.joules_per_token,
+        "joules_per_generated_token": pool.joules_per_generated_token,
+        "joules_per_prompt_token": pool.joules_per_prompt_token,
         "energy_kwh": pool.energy_kwh,
     }
     savings = pool.savings
@@ -125,7 +126,8 @@ _POOL_HELP = {
     "requested_sm_clock_mhz": "Cap in force.",
     "observed_sm_clock_mhz": "SM clock of capped GPUs under load.",
     "tokens_per_second": "Generated tokens per second.",
-    "joules_per_token": "GPU-board energy for each token.",
+    "joules_per_generated_token": "GPU-board energy for each generated token; not of Prefill pools.",
+    "joules_per_prompt_token": "GPU-board energy for each computed prompt token; of Prefill pools.",
     "energy_kwh": "GPU-board energy so far.",
     "saving_ratio": "Measured saving of energy for each token, 0 to 1.",
     "saving_ratio_low": "Lower end of the 95 % interval of the saving.",

@@ -13,7 +13,9 @@ from wattlock_operator.accounting import JOULES_PER_KWH, Account, counted_capped
 from wattlock_operator.orders import Orders
 from wattlock_operator.release import is_silent
 from wattlock_operator.reports import NodeGpu, NodeInstance, PoolReport, number
+from wattlock_operator.roofline import find_roofline
 from wattlock_operator.selection import Member, selector_text
+from wattlock_operator.tokenenergy import idle_message, joules_per_token
 from wattlock_operator.world import World
 
 MAX_REASONS = 12
@@ -80,7 +82,7 @@ def pod_problems(
 
 def _reasons(
     fresh: Iterable[NodeGpu],
-    instances: Iterable[NodeInstance],
+    instances: Sequence[NodeInstance],
     problems: Sequence[PodProblem],
     held: Sequence[Order],
     has_pods: bool,
@@ -101,6 +103,9 @@ def _reasons(
         if item.instance.reason:
             counts[item.instance.reason] += 0
             messages.setdefault(item.instance.reason, f"instance {item.instance.instance}: {item.instance.message}")
+    if idle := idle_message(pool.role, instances):
+        counts[Reason.NO_TOKENS.value] += 0
+        messages[Reason.NO_TOKENS.value] = idle
     for problem in problems:
         counts[problem.reason.value] += 0
         messages.setdefault(problem.reason.value, problem.message)
@@ -144,23 +149,6 @@ def power_cap(gpus: Sequence[NodeGpu]) -> PowerCap:
     )
 
 
-def _joules_per_token(role: Role, gpus: Sequence[NodeGpu], instances: Sequence[NodeInstance]) -> float | None:
-    """Return watts over tokens per second, of the instances whose tokens are known."""
-    watts = tokens = 0.0
-    for item in instances:
-        rate = item.instance.prompt_tokens_per_second if role is Role.PREFILL else item.instance.tokens_per_second
-        own = [
-            entry.gpu.power_watts
-            for entry in gpus
-            if entry.node == item.node and entry.gpu.instance == item.instance.instance
-            if entry.gpu.power_watts is not None
-        ]
-        if rate is not None and own and not item.spread:
-            tokens += number(rate)
-            watts += sum(own)
-    return watts / tokens if tokens > 0 else None
-
-
 def _latency_ms(instances: Sequence[NodeInstance]) -> float | None:
     """Return the mean inter-token latency, each instance weighed by its tokens."""
     known = [
@@ -197,7 +185,13 @@ def pool_status(
     rates = [
         number(item.instance.tokens_per_second) for item in instances if item.instance.tokens_per_second is not None
     ]
-    joules = _joules_per_token(pool.role, fresh, instances)
+    prompt_rates = [
+        number(item.instance.prompt_tokens_per_second)
+        for item in instances
+        if item.instance.prompt_tokens_per_second is not None
+    ]
+    joules = joules_per_token(pool.role, members, fresh, instances)
+    joules_text = None if joules is None else decimal_string(joules, 4)
     latency = _latency_ms(instances)
     clamp_seconds = sum(number(entry.gpu.clamp_seconds) for entry in report.gpus)
     energy = account.energy_joules
@@ -219,12 +213,15 @@ def pool_status(
             for cap, joules in counted_capped_joules(report).items()
         ],
         tokens_per_second=decimal_string(sum(rates), 1) if rates else None,
-        joules_per_token=None if joules is None else decimal_string(joules, 4),
+        prompt_tokens_per_second=decimal_string(sum(prompt_rates), 1) if prompt_rates else None,
+        joules_per_generated_token=None if pool.role is Role.PREFILL else joules_text,
+        joules_per_prompt_token=joules_text if pool.role is Role.PREFILL else None,
         inter_token_latency_ms=None if latency is None else decimal_string(latency, 2),
         limiters=_limiters(report.gpus),
         clamped_gpus=sum(entry.gpu.clamped for entry in fresh),
         clamp_seconds=decimal_string(clamp_seconds, 1) if clamp_seconds else "0",
         power_cap=power_cap(report.gpus),
+        roofline=find_roofline(fresh, instances),
         savings=savings,
         reasons=_reasons(fresh, instances, problems, held, bool(members), pool),
     )

@@ -88,6 +88,16 @@ def instance_of(pod: PodView) -> str:
     return f"{name}/{group}" if name and group else pod.name
 
 
+def missing_pods(members: Iterable[Member]) -> dict[str, int]:
+    """Return for each instance how many of its pods are not among the members, where its pods tell their number."""
+    present: dict[str, set[str]] = defaultdict(set)
+    wanted: dict[str, int] = {}
+    for member in members:
+        present[member.instance].add(member.pod.uid)
+        wanted[member.instance] = max(wanted.get(member.instance, 0), member.pod.group_size or 0)
+    return {name: max(0, wanted[name] - len(pods)) for name, pods in present.items()}
+
+
 def serves_metrics(pod: PodView) -> bool:
     """Return whether the pod may serve metrics: of a LeaderWorkerSet's group only the leader does."""
     return pod.labels.get(_LWS_WORKER, "0") == "0"

@@ -69,7 +69,7 @@ def summary(policy: PolicyView, pools: Sequence[PoolStatus], findings: Sequence[
         fixed = [pool.clock.max_sm_clock_mhz for pool in policy.spec.pools if pool.clock is not None]
         asked = [mhz for mhz in fixed if mhz is not None]
     powers = [pool.power_watts for pool in pools if pool.gpus]
-    per_token = [pool.joules_per_token for pool in decode if pool.joules_per_token is not None]
+    per_token = [pool.joules_per_generated_token for pool in decode if pool.joules_per_generated_token is not None]
     return Summary(
         gpus=sum(pool.gpus for pool in pools),
         locked=sum(pool.locked for pool in pools),
@@ -174,7 +174,12 @@ def urgent_change(before: EnergyPolicyStatus | None, after: EnergyPolicyStatus) 
             status.observed_generation,
             {(condition.type, condition.status, condition.reason) for condition in status.conditions},
             (status.summary.gpus, status.summary.clock),
-            {(pool.name, pool.pods, routine(entry.reason)) for pool in status.pools for entry in pool.reasons},
+            {
+                (pool.name, pool.pods, routine(entry.reason))
+                for pool in status.pools
+                for entry in pool.reasons
+                if entry.reason != Reason.NO_TOKENS  # traffic comes and goes all day
+            },
         )
 
     return before is None or essence(before) != essence(after)

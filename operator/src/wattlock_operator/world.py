@@ -24,6 +24,8 @@ from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus,
 Json = Mapping[str, Any]
 _Model = TypeVar("_Model", Order, GpuStatus, InstanceStatus)
 
+#: Set by the LeaderWorkerSet controller on each pod: https://lws.sigs.k8s.io/docs/reference/labels-annotations-and-environment-variables/
+_GROUP_SIZE = "leaderworkerset.sigs.k8s.io/size"
 _METRICS_PORT_NAMES = ("metrics", "prometheus", "system", "http")
 _METRICS_PATH = re.compile(r"/[A-Za-z0-9._~/-]{0,127}")
 
@@ -85,6 +87,8 @@ class PodView:
     wants_gpu: bool
     """Whether a container asks for a GPU, through a device plugin or a resource claim."""
     hint: MetricsHint = MetricsHint()
+    group_size: int | None = None
+    """Pods of the LeaderWorkerSet group that this one belongs to."""
 
     @property
     def finished(self) -> bool:
@@ -202,6 +206,10 @@ def _port(text: Any) -> int | None:
     return number if 1 <= number <= 65535 else None
 
 
+def _size(text: Any) -> int | None:
+    return int(text) if isinstance(text, str) and text.isascii() and text.isdigit() and len(text) <= 4 else None
+
+
 def _container_wants_gpu(container: Json) -> bool:
     resources = _mapping(container.get("resources"))
     names = {*_mapping(resources.get("limits")), *_mapping(resources.get("requests"))}
@@ -253,6 +261,7 @@ def parse_pod(body: Json) -> PodView:
         ip=str(status.get("podIP") or ""),
         wants_gpu=any(map(_container_wants_gpu, containers)) or bool(spec.get("resourceClaims")),
         hint=_metrics_hint(metadata, containers),
+        group_size=_size(_mapping(metadata.get("annotations")).get(_GROUP_SIZE)),
     )
 
 

@@ -43,7 +43,7 @@ def test_the_status_says_what_was_measured(make_node, make_order):
     assert (other.state, other.reason, other.holder) == ("Released", "NoOrder", None)
     (instance,) = status.instances
     assert float(instance.tokens_per_second) == pytest.approx(1000)
-    assert float(instance.joules_per_token) == pytest.approx(0.5, rel=0.01)
+    assert float(instance.joules_per_generated_token) == pytest.approx(0.5, rel=0.01)
     assert float(instance.inter_token_latency_ms) == pytest.approx(10)
     assert NodeEnergyStatus.model_validate(status.to_api()) == status
 
@@ -55,7 +55,11 @@ def test_unknown_measurements_are_absent_not_zero(make_node, make_order):
     (instance,) = status_of(node).instances
     assert instance.reason == "NoServingMetrics"
     assert instance.tokens_per_second is None
-    assert instance.joules_per_token is None
+    assert instance.joules_per_generated_token is None
+    released = status_of(node).gpus[1]
+    assert (released.requested_mhz, released.observed_mhz) == (None, 1980)
+    node.driver.utilization_percent = 0
+    node.run(30)
     assert status_of(node).gpus[1].observed_mhz is None
 
 

@@ -40,7 +40,7 @@ def test_numbers_that_nobody_measured_are_absent():
     (decode, _) = status_of().pools
     assert decode.pods == 1
     assert decode.gpus == 0
-    for name in ("power_watts", "energy_kwh", "tokens_per_second", "joules_per_token", "requested_mhz", "observed_mhz"):
+    for name in ("power_watts", "energy_kwh", "tokens_per_second", "joules_per_generated_token", "requested_mhz", "observed_mhz"):
         assert getattr(decode, name) is None, name
     assert decode.power_cap.verdict.value == "Unknown"
 
@@ -56,7 +56,7 @@ def test_a_pool_adds_up():
     status = status_of(gpus, [serving])
     decode = status.pools[0]
     assert (decode.gpus, decode.locked, decode.power_watts, decode.observed_mhz) == (2, 2, 620, 1575)
-    assert (decode.tokens_per_second, decode.joules_per_token, decode.inter_token_latency_ms) == (
+    assert (decode.tokens_per_second, decode.joules_per_generated_token, decode.inter_token_latency_ms) == (
         "1000.0",
         "0.6200",
         "12.50",
