@@ -16,6 +16,11 @@ demo: images ## See it work: a policy from Observe to Enforce to Verified, on si
 test: setup ## Run all tests; starts the clusters it needs and leaves nothing behind
 	@dev/test
 
+.PHONY: test-vllm
+test-vllm: export WATTLOCK_KIND_MODE = no
+test-vllm: setup ## Run a real vLLM, prefill and decode, on the local cluster (downloads 2.6 GB the first time; not part of "test")
+	@dev/test vllm
+
 # --- set-up ---------------------------------------------------------------------------------------------------------
 .PHONY: setup
 setup: ## Install what is missing: Debian packages, uv, .venv, the cluster's programs (8 minutes the first time)

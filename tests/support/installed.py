@@ -45,6 +45,17 @@ def wattlock(install: Callable[[], None]) -> None:
     install()
 
 
+@pytest.fixture(autouse=True)
+def no_crash_loop(kubectl: Kubectl, wattlock: None) -> Iterator[None]:
+    """No container of Wattlock may have restarted in any test."""
+    yield
+    for pod in kubectl.within(SYSTEM).get("pods")["items"]:
+        for container in pod["status"].get("containerStatuses", []):
+            if container["restartCount"]:
+                log = kubectl.within(SYSTEM).run("logs", pod["metadata"]["name"], "--previous", check=False)
+                pytest.fail(f"{pod['metadata']['name']} restarted {container['restartCount']} times:\n{log.stdout}")
+
+
 @pytest.fixture(scope="session")
 def simulator(kubectl: Kubectl, wattlock: None) -> Simulator:
     """The simulated driver of all nodes."""
@@ -52,7 +63,8 @@ def simulator(kubectl: Kubectl, wattlock: None) -> Simulator:
 
 
 @contextmanager
-def _namespace(kubectl: Kubectl, simulator: Simulator) -> Iterator[Workload]:
+def workload_namespace(kubectl: Kubectl, simulator: Simulator) -> Iterator[Workload]:
+    """An empty namespace for a workload; afterwards its policies and pods are gone and no GPU is locked."""
     name = f"llm-{int(time.time() * 1000) % 10**9}"
     kubectl.run("create", "namespace", name)
     workload = Workload(kubectl, name, simulator)
@@ -64,14 +76,14 @@ def _namespace(kubectl: Kubectl, simulator: Simulator) -> Iterator[Workload]:
 @pytest.fixture
 def workload(kubectl: Kubectl, simulator: Simulator) -> Iterator[Workload]:
     """An empty namespace for a workload; afterwards its policies and pods are gone and no GPU is locked."""
-    with _namespace(kubectl, simulator) as workload:
+    with workload_namespace(kubectl, simulator) as workload:
         yield workload
 
 
 @pytest.fixture(scope="module")
 def shared_workload(kubectl: Kubectl, simulator: Simulator) -> Iterator[Workload]:
     """Two decode pods and a prefill pod, one GPU each, for all tests of a module."""
-    with _namespace(kubectl, simulator) as workload:
+    with workload_namespace(kubectl, simulator) as workload:
         workload.deploy(serving("decode", 2), serving("prefill", 1))
         yield workload
 

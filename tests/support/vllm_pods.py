@@ -19,8 +19,8 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PORT = 8000
-#: vLLM for CPU keeps KV data in blocks of so many tokens. The connector passes on whole blocks of a prompt, and looks for
-#: them only where the prompt has at least two tokens more: decode then computes those two.
+#: vLLM for CPU keeps KV data in blocks of so many tokens. ExampleConnector passes on whole blocks of a prompt, and
+#: finds them only where the prompt has at least two tokens more (align_to_block_size): decode computes those two.
 BLOCK_TOKENS = 128
 PROMPT_TOKENS = 2 * BLOCK_TOKENS + 2
 #: Of 66 tokens decode computes 2 as prompt: far from the 10 % at which it counts as prefill.

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from wattlock_api.constants import Reason
 
+from wattlock_agent import boottime
 from wattlock_agent.serving.base import ScrapeFailure, ServingCounters
 from wattlock_agent.serving.pages import MAX_PAGE_BYTES, parse_page
 
@@ -32,11 +33,11 @@ class Scraper:
         self,
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         total_timeout_seconds: float = TOTAL_TIMEOUT_SECONDS,
-        monotonic_seconds: Callable[[], float] = time.monotonic,
+        now_seconds: Callable[[], float] = boottime.now_seconds,
     ) -> None:
         self._connect_timeout_seconds = connect_timeout_seconds
         self._total_timeout_seconds = total_timeout_seconds
-        self._monotonic_seconds = monotonic_seconds
+        self._now_seconds = now_seconds
 
     def scrape(self, url: str) -> ServingCounters | ScrapeFailure:
         """Fetch and parse one page; blocks for ``total_timeout_seconds`` at most and never raises.
@@ -47,7 +48,7 @@ class Scraper:
         followed) and a URL of another form; ``MetricsInvalid`` for an answer that is not HTTP, compressed or cut
         off; ``MetricsTooLarge`` over 4 MiB; and those of ``pages.parse_page``.
         """
-        at_seconds = self._monotonic_seconds()
+        at_seconds = self._now_seconds()
         try:
             page = self._fetch(url)
         except _FetchError as error:
