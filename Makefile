@@ -47,6 +47,7 @@ check: setup ## Check formatting, lint, types, import rules and the lock file
 	.venv/bin/lint-imports
 	.venv/bin/python -m wattlock_api.generate --check crds
 	.venv/bin/python charts/generate.py --check
+	.venv/bin/python docs/generate.py --check
 	.venv/bin/python agent/generate_protos.py --check
 	@# Offline and without a mirror: nothing may be resolved anew, only compared.
 	env -u UV_DEFAULT_INDEX -u UV_INDEX_URL WATTLOCK_UV_SETTINGS_DONE=1 dev/uv lock --check --offline
@@ -60,9 +61,10 @@ bench: setup ## Print reaction times, the agent's cost and API requests, measure
 	@dev/bench
 
 .PHONY: generate
-generate: setup ## Write what is generated: CRDs, the chart's copies and tables, protobuf code
+generate: setup ## Write what is generated: CRDs, the chart's copies and tables, the table of metrics, protobuf code
 	.venv/bin/python -m wattlock_api.generate crds
 	.venv/bin/python charts/generate.py
+	.venv/bin/python docs/generate.py
 	.venv/bin/python agent/generate_protos.py
 
 .PHONY: clean

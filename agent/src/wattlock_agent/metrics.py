@@ -4,14 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
+from wattlock_api.base import DecimalString
 from wattlock_api.constants import GpuState
-from wattlock_api.nodeenergy import GpuStatus, NodeEnergyStatus, Order
+from wattlock_api.metricspec import MetricSpec
+from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
 
-_GPU_LABELS = ("gpu", "index", "product", "namespace", "pod", "policy", "pool")
-#: Prometheus sets a label ``instance`` of its own.
-_INSTANCE_LABELS = ("namespace", "policy", "pool", "serving_instance")
+from wattlock_agent import metric_specs as specs
+
 _CAUSES = ("power_cap", "thermal", "power_brake", "reliability", "board_limit")
 _HERTZ_PER_MHZ = 1_000_000
 
@@ -50,6 +51,18 @@ class SnapshotBoard:
         self.snapshot = Snapshot(NodeEnergyStatus())
 
 
+class _Page:
+    """The metrics of one scrape. All of them are named, also those without a value now."""
+
+    def __init__(self) -> None:
+        self.families = {spec: Metric(spec.family, spec.help + ".", spec.kind) for spec in specs.SPECS}
+
+    def add(self, spec: MetricSpec, value: float | bool | DecimalString | None, *labels: str) -> None:
+        """Add a sample; None is unknown, so there is none."""
+        if value is not None:
+            self.families[spec].add_sample(spec.name, dict(zip(spec.labels, labels, strict=True)), float(value))
+
+
 class AgentCollector(Collector):
     """Turns the newest snapshot into metrics."""
 
@@ -58,10 +71,12 @@ class AgentCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics."""
+        page = _Page()
         snapshot = self._board.snapshot
-        yield from _agent(snapshot)
-        yield from _gpus(snapshot)
-        yield from _instances(snapshot)
+        _agent(page, snapshot)
+        _gpus(page, snapshot)
+        _instances(page, snapshot)
+        yield from page.families.values()
 
 
 def make_registry(board: SnapshotBoard) -> CollectorRegistry:
@@ -71,41 +86,20 @@ def make_registry(board: SnapshotBoard) -> CollectorRegistry:
     return registry
 
 
-def _agent(snapshot: Snapshot) -> Iterator[Metric]:
+def _agent(page: _Page, snapshot: Snapshot) -> None:
     agent = snapshot.status.agent
-    info = GaugeMetricFamily("wattlock_agent_info", "Versions; always 1.", labels=("version", "driver_version"))
-    info.add_metric((agent.version, agent.driver_version), 1)
-    yield info
-    for name, text, value in (
-        ("can_write", "1 when the agent may lock clocks.", agent.can_write),
-        ("ready", "1 when every order is in force or refused with a reason.", snapshot.ready),
-        ("orders", "Orders for this node.", snapshot.order_count),
-        (
-            "orders_stale",
-            "1 when orders are not followed because API server or operator are silent.",
-            snapshot.orders_stale,
-        ),
-    ):
-        yield GaugeMetricFamily(f"wattlock_agent_{name}", text, value=float(value))
-    yield CounterMetricFamily("wattlock_agent_loop_passes", "Passes of the loop.", value=snapshot.passes)
-    yield CounterMetricFamily("wattlock_agent_loop_seconds", "Time spent in passes.", value=snapshot.pass_seconds)
-    yield CounterMetricFamily(
-        "wattlock_agent_status_write_failures",
-        "Reports that the API server did not take.",
-        value=snapshot.status_failures,
-    )
-    errors = CounterMetricFamily(
-        "wattlock_agent_driver_errors", "Driver calls that failed, by call and kind.", labels=("call", "fault")
-    )
+    page.add(specs.AGENT_INFO, 1, agent.version, agent.driver_version)
+    page.add(specs.AGENT_CAN_WRITE, agent.can_write)
+    page.add(specs.AGENT_READY, snapshot.ready)
+    page.add(specs.AGENT_ORDERS, snapshot.order_count)
+    page.add(specs.AGENT_ORDERS_STALE, snapshot.orders_stale)
+    page.add(specs.AGENT_LOOP_PASSES, snapshot.passes)
+    page.add(specs.AGENT_LOOP_SECONDS, snapshot.pass_seconds)
+    page.add(specs.AGENT_STATUS_WRITE_FAILURES, snapshot.status_failures)
     for (call, fault), count in snapshot.driver_errors.items():
-        errors.add_metric((call, fault), count)
-    yield errors
-    failures = CounterMetricFamily(
-        "wattlock_agent_scrape_failures", "Serving metrics that could not be used, by reason.", labels=("reason",)
-    )
+        page.add(specs.AGENT_DRIVER_ERRORS, count, call, fault)
     for reason, count in snapshot.scrape_failures.items():
-        failures.add_metric((reason,), count)
-    yield failures
+        page.add(specs.AGENT_SCRAPE_FAILURES, count, reason)
 
 
 def _gpu_labels(snapshot: Snapshot, gpu: GpuStatus) -> tuple[str, ...]:
@@ -116,83 +110,52 @@ def _gpu_labels(snapshot: Snapshot, gpu: GpuStatus) -> tuple[str, ...]:
     return (*place, order.pod.namespace, order.pod.name, order.policy.name, order.pool)
 
 
-def _gpus(snapshot: Snapshot) -> Iterator[Metric]:
-    gpus = [(gpu, _gpu_labels(snapshot, gpu)) for gpu in snapshot.status.gpus]
+def _hertz(mhz: int | None) -> float | None:
+    return None if mhz is None else mhz * _HERTZ_PER_MHZ
 
-    def gauge(name: str, text: str, values: Mapping[str, float | None]) -> Metric:
-        family = GaugeMetricFamily(f"wattlock_gpu_{name}", text, labels=_GPU_LABELS)
-        for gpu, labels in gpus:
-            if (value := values.get(gpu.uuid)) is not None:
-                family.add_metric(labels, value)
-        return family
 
-    def counter(name: str, text: str, values: Mapping[str, float]) -> Metric:
-        family = CounterMetricFamily(f"wattlock_gpu_{name}", text, labels=_GPU_LABELS)
-        for gpu, labels in gpus:
-            family.add_metric(labels, values.get(gpu.uuid, 0.0))
-        return family
-
-    statuses = snapshot.status.gpus
-    yield gauge(
-        "power_watts", "Mean power over 15 s, from the energy counter.", {g.uuid: g.power_watts for g in statuses}
-    )
-    yield gauge("power_limit_watts", "Enforced power limit.", {g.uuid: g.power_limit_watts for g in statuses})
-    yield gauge(
-        "sm_clock_hertz", "SM clock at the last reading.", {u: m * _HERTZ_PER_MHZ for u, m in snapshot.sm_mhz.items()}
-    )
-    yield gauge(
-        "requested_sm_clock_hertz",
-        "Cap that is in force, or would be but for a control epoch.",
-        {g.uuid: g.requested_mhz * _HERTZ_PER_MHZ for g in statuses if g.requested_mhz is not None},
-    )
-    yield gauge(
-        "clamped", "1 when firmware holds the clock below the cap.", {g.uuid: float(g.clamped) for g in statuses}
-    )
-    yield counter("energy_joules", "Energy since tracking began.", {g.uuid: float(g.energy_joules) for g in statuses})
-    yield counter("busy_seconds", "Time with work.", {g.uuid: float(g.busy_seconds) for g in statuses})
-    yield counter("clamp_seconds", "Time clamped by firmware.", {g.uuid: float(g.clamp_seconds) for g in statuses})
-    yield counter(
-        "clock_writes",
-        "Locks and resets that the driver accepted.",
-        {u: float(n) for u, n in snapshot.clock_writes.items()},
-    )
-    limited = CounterMetricFamily(
-        "wattlock_gpu_limiter_seconds", "Time for which a limiter held the clock down.", labels=(*_GPU_LABELS, "cause")
-    )
-    state = GaugeMetricFamily(
-        "wattlock_gpu_state", "1 for the state that the GPU is in.", labels=(*_GPU_LABELS, "state")
-    )
-    for gpu, labels in gpus:
-        for cause in _CAUSES:
-            limited.add_metric((*labels, cause), float(getattr(gpu.limiters, f"{cause}_seconds")))
+def _gpus(page: _Page, snapshot: Snapshot) -> None:
+    for gpu in snapshot.status.gpus:
+        labels = _gpu_labels(snapshot, gpu)
+        page.add(specs.GPU_POWER, gpu.power_watts, *labels)
+        page.add(specs.GPU_PEAK_POWER, gpu.peak_watts, *labels)
+        page.add(specs.GPU_POWER_LIMIT, gpu.power_limit_watts, *labels)
+        page.add(specs.GPU_SM_CLOCK, _hertz(snapshot.sm_mhz.get(gpu.uuid)), *labels)
+        page.add(specs.GPU_REQUESTED_CLOCK, _hertz(gpu.requested_mhz), *labels)
+        page.add(specs.GPU_OBSERVED_CLOCK, _hertz(gpu.observed_mhz), *labels)
+        page.add(specs.GPU_CLAMPED, gpu.clamped, *labels)
         for each in GpuState:
-            state.add_metric((*labels, each.value), float(gpu.state is each))
-    yield limited
-    yield state
+            page.add(specs.GPU_STATE, gpu.state is each, *labels, each.value)
+        page.add(specs.GPU_ENERGY, gpu.energy_joules, *labels)
+        page.add(specs.GPU_BUSY, gpu.busy_seconds, *labels)
+        page.add(specs.GPU_CLAMP, gpu.clamp_seconds, *labels)
+        for cause in _CAUSES:
+            page.add(specs.GPU_LIMITER, getattr(gpu.limiters, f"{cause}_seconds"), *labels, cause)
+        page.add(specs.GPU_CLOCK_WRITES, snapshot.clock_writes.get(gpu.uuid, 0), *labels)
 
 
-def _instances(snapshot: Snapshot) -> Iterator[Metric]:
+def _milliseconds(text: DecimalString | None) -> float | None:
+    return None if text is None else float(text) / 1000
+
+
+def _instances(page: _Page, snapshot: Snapshot) -> None:
     names = {order.policy.uid: (order.policy.namespace, order.policy.name) for order in snapshot.orders.values()}
-    trips = CounterMetricFamily("wattlock_guardrail_trips", "Breaches of the guardrail.", labels=_INSTANCE_LABELS)
-    tripped = GaugeMetricFamily(
-        "wattlock_guardrail_tripped", "1 while released because of a breach.", labels=_INSTANCE_LABELS
-    )
-    tokens = GaugeMetricFamily(
-        "wattlock_instance_tokens_per_second", "Generated tokens per second over 15 s.", labels=_INSTANCE_LABELS
-    )
-    pairs = CounterMetricFamily(
-        "wattlock_experiment_pairs", "Pairs of epochs measured at the present caps.", labels=_INSTANCE_LABELS
-    )
-    dropped = CounterMetricFamily(
-        "wattlock_experiment_dropped_epochs", "Epochs not used, by cause.", labels=(*_INSTANCE_LABELS, "cause")
-    )
     for each in snapshot.status.instances:
-        labels = (*names.get(each.policy_uid, ("", "")), each.pool, each.instance)
-        trips.add_metric(labels, each.guardrail_trips)
-        tripped.add_metric(labels, float(each.guardrail_tripped))
-        if each.tokens_per_second is not None:
-            tokens.add_metric(labels, float(each.tokens_per_second))
-        pairs.add_metric(labels, sum(stats.pairs for stats in each.pair_stats))
-        for cause, count in each.dropped.model_dump().items():
-            dropped.add_metric((*labels, cause), count)
-    yield from (trips, tripped, tokens, pairs, dropped)
+        # Without a policy's name two instances could share their labels, and Prometheus would refuse the whole page.
+        if (name := names.get(each.policy_uid)) is not None:
+            _instance(page, each, (*name, each.pool, each.instance))
+
+
+def _instance(page: _Page, each: InstanceStatus, labels: tuple[str, ...]) -> None:
+    page.add(specs.INSTANCE_ENERGY, each.energy_joules, *labels)
+    page.add(specs.INSTANCE_TOKENS, each.tokens_per_second, *labels)
+    page.add(specs.INSTANCE_PROMPT_TOKENS, each.prompt_tokens_per_second, *labels)
+    page.add(specs.INSTANCE_JOULES_PER_GENERATED_TOKEN, each.joules_per_generated_token, *labels)
+    page.add(specs.INSTANCE_JOULES_PER_PROMPT_TOKEN, each.joules_per_prompt_token, *labels)
+    page.add(specs.INSTANCE_LATENCY, _milliseconds(each.inter_token_latency_ms), *labels)
+    page.add(specs.INSTANCE_WAITING, each.waiting_requests, *labels)
+    page.add(specs.GUARDRAIL_TRIPS, each.guardrail_trips, *labels)
+    page.add(specs.GUARDRAIL_TRIPPED, each.guardrail_tripped, *labels)
+    page.add(specs.EXPERIMENT_PAIRS, sum(stats.pairs for stats in each.pair_stats), *labels)
+    for cause, count in each.dropped.model_dump().items():
+        page.add(specs.EXPERIMENT_DROPPED, count, *labels, cause)

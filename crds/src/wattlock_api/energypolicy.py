@@ -323,8 +323,10 @@ class PoolStatus(ApiModel):
     """Selected pods."""
     gpus: int = 0
     """GPUs that those pods hold."""
+    capped: int = 0
+    """GPUs under the cap, those that one of its control epochs releases for comparison included. Steady."""
     locked: int = 0
-    """GPUs under a cap now. In control epochs they are released for comparison."""
+    """GPUs that are locked at this moment. Moves with the control epochs, which release some of the capped."""
     requested_mhz: int | None = None
     """The cap in force, snapped to what the GPUs support, in MHz."""
     observed_mhz: int | None = None
@@ -375,17 +377,22 @@ class Summary(ApiModel):
 
     gpus: int = 0
     """GPUs of all pools."""
+    capped: Annotated[str, Field(max_length=32)] | None = None
+    """GPUs under the cap of the GPUs of the Decode pools, e.g. 6/6. GPUs that a control epoch releases for comparison
+    count: they are under the experiment that the cap is part of."""
     locked: int = 0
-    """GPUs under a cap now."""
-    clock: Annotated[str, Field(max_length=64)] = ""
+    """GPUs that are locked at this moment. Moves with the control epochs."""
+    clock: Annotated[str, Field(max_length=64)] | None = None
     """Caps asked for, e.g. 1590MHz."""
-    power: Annotated[str, Field(max_length=32)] = ""
-    """Power of all GPUs, e.g. 5120W."""
-    saved: Annotated[str, Field(max_length=64)] = ""
+    power: Annotated[str, Field(max_length=32)] | None = None
+    """Power of all GPUs, e.g. 5120W. Absent unless the power of all of them is known."""
+    saved: Annotated[str, Field(max_length=64)] | None = None
     """Saving for each token with its half-width, e.g. 21.4%±1.5, or the verdict."""
-    observed: Annotated[str, Field(max_length=64)] = ""
+    saved_kwh: Annotated[str, Field(max_length=32)] | None = None
+    """Energy of the GPU boards saved so far by all pools, in kWh, rounded for reading."""
+    observed: Annotated[str, Field(max_length=64)] | None = None
     """SM clock that capped GPUs ran at while busy, e.g. 1590MHz."""
-    joules_per_token: Annotated[str, Field(max_length=32)] = ""
+    joules_per_token: Annotated[str, Field(max_length=32)] | None = None
     """Of the Decode pools, e.g. 0.120."""
 
 

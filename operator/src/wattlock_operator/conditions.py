@@ -118,12 +118,7 @@ def _enforced(facts: Facts) -> Finding:
             kind, False, Reason.OBSERVE_MODE.value, "mode is Observe: write mode: Enforce to cap the Decode pools"
         )
     decode = [pool for pool in facts.pools if pool.role is Role.DECODE]
-    capped = sum(
-        entry.gpus
-        for pool in decode
-        for entry in pool.reasons
-        if entry.reason in (Reason.LOCKED.value, Reason.CONTROL_EPOCH.value)
-    )
+    capped = sum(pool.capped for pool in decode)
     gpus = sum(pool.gpus for pool in decode)
     if gpus and capped == gpus:
         return Finding(kind, True, "Capped", "every GPU of the Decode pools is capped (or in a control epoch)")

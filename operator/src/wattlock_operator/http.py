@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def serve(port: int, probes: Probes) -> ThreadingHTTPServer:
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path == "/metrics":
-                self._answer(200, generate_latest(probes.registry), CONTENT_TYPE_LATEST)
+                self._answer(200, generate_latest(probes.registry), CONTENT_TYPE_PLAIN_0_0_4)
             elif path == "/healthz":
                 alive = probes.alive()
                 self._answer(200 if alive else 503, b"ok\n" if alive else b"the reconcile task hangs\n")

@@ -2,34 +2,59 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+from itertools import islice
 
-from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
-from wattlock_api.constants import ConditionType
-from wattlock_api.energypolicy import EnergyPolicyStatus, PoolStatus
+from prometheus_client import CollectorRegistry, disable_created_metrics
+from prometheus_client import Histogram as PrometheusHistogram
+from prometheus_client.core import Metric
+from wattlock_api.base import DecimalString
+from wattlock_api.constants import ConditionType, PowerCapVerdict, RooflineVerdict, SavingsVerdict
+from wattlock_api.energypolicy import EnergyPolicyStatus, PoolStatus, Savings
+from wattlock_api.metricspec import MetricSpec
 
+from wattlock_operator import metric_specs as specs
 from wattlock_operator.world import PolicyView
 
 Snapshot = Iterable[tuple[PolicyView, EnergyPolicyStatus]]
 
-_POOL_LABELS = ("namespace", "policy", "pool", "role")
+#: Policies with series of their own: a page must stay readable by Prometheus, whatever people create.
+MAX_POLICIES = 1000
+_HERTZ_PER_MHZ = 1e6
+_JOULES_PER_KWH = 3.6e6
+
+
+class _Page:
+    """The metrics of one scrape. All of them are named, also those without a value now."""
+
+    def __init__(self) -> None:
+        self.families = {
+            spec: Metric(spec.family, spec.help + ".", spec.kind) for spec in specs.SPECS if spec.kind != "histogram"
+        }
+
+    def add(
+        self, spec: MetricSpec, value: float | bool | DecimalString | None, *labels: str, times: float = 1.0
+    ) -> None:
+        """Add a sample; None is unknown, so there is none."""
+        if value is not None:
+            self.families[spec].add_sample(spec.name, dict(zip(spec.labels, labels, strict=True)), float(value) * times)
 
 
 class Metrics:
     """The operator's metrics in a registry of their own. Safe to use from several threads."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # series without a purpose here
         self.registry = CollectorRegistry()
         self._lock = threading.Lock()
         self._snapshot: tuple[tuple[PolicyView, EnergyPolicyStatus], ...] = ()
         self._writes: Counter[tuple[str, str]] = Counter()
         self._errors: Counter[str] = Counter()
         self._leading = False
-        self.reconcile_seconds = Histogram(
-            "wattlock_reconcile_duration_seconds",
-            "Time that one pass over the cluster took, decision and writes.",
+        self.pass_seconds = PrometheusHistogram(
+            specs.OPERATOR_PASS.name,
+            specs.OPERATOR_PASS.help + ".",
             registry=self.registry,
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
         )
@@ -59,88 +84,86 @@ class Metrics:
         with self._lock:
             snapshot, leading = self._snapshot, self._leading
             writes, errors = dict(self._writes), dict(self._errors)
-        yield GaugeMetricFamily("wattlock_operator_leading", "Whether this operator holds the lease.", float(leading))
-        yield _counter("wattlock_api_writes", "Writes to the API server.", ("kind", "verb"), writes)
-        yield _counter(
-            "wattlock_operator_errors",
-            "Failures, by what failed.",
-            ("where",),
-            {(key,): n for key, n in errors.items()},
-        )
-        yield from _policies(snapshot)
-        yield from _pools(snapshot)
+        page = _Page()
+        page.add(specs.OPERATOR_INFO, 1, version("wattlock-operator"))
+        page.add(specs.OPERATOR_LEADING, leading)
+        page.add(specs.OPERATOR_POLICIES, len(snapshot))
+        for (kind, verb), count in sorted(writes.items()):
+            page.add(specs.OPERATOR_API_WRITES, count, kind, verb)
+        for where, count in sorted(errors.items()):
+            page.add(specs.OPERATOR_ERRORS, count, where)
+        for policy, status in islice(snapshot, MAX_POLICIES):
+            _policy(page, policy, status)
+            for pool in status.pools:
+                _pool(page, pool, (policy.namespace, policy.name, pool.name, pool.role.value))
+        yield from page.families.values()
 
 
-def _counter(name: str, text: str, labels: tuple[str, ...], values: Mapping[Any, int]) -> Metric:
-    family = CounterMetricFamily(name, text, labels=labels)
-    for key, value in sorted(values.items()):
-        family.add_metric(key, value)
-    return family
+def _policy(page: _Page, policy: PolicyView, status: EnergyPolicyStatus) -> None:
+    name = (policy.namespace, policy.name)
+    page.add(specs.POLICY_INFO, 1, *name, policy.spec.mode.value if policy.spec else "Invalid")
+    known = {condition.type: condition.status for condition in status.conditions}
+    for kind in ConditionType:
+        if known.get(kind.value) in ("True", "False"):
+            page.add(specs.POLICY_CONDITION, known[kind.value] == "True", *name, kind.value)
 
 
-def _policies(snapshot: Snapshot) -> Iterator[Metric]:
-    info = InfoMetricFamily("wattlock_policy", "Policies and their mode.", labels=("namespace", "policy"))
-    conditions = GaugeMetricFamily(
-        "wattlock_policy_condition",
-        "Conditions of a policy: 1 true, 0 false; Unknown is absent.",
-        labels=("namespace", "policy", "condition"),
+def _pool(page: _Page, pool: PoolStatus, labels: tuple[str, ...]) -> None:
+    page.add(specs.POOL_GPUS, pool.gpus, *labels)
+    page.add(specs.POOL_CAPPED, pool.capped, *labels)
+    page.add(specs.POOL_LOCKED, pool.locked, *labels)
+    page.add(specs.POOL_CLAMPED, pool.clamped_gpus, *labels)
+    page.add(specs.POOL_INSTANCES, pool.instances, *labels)
+    page.add(specs.POOL_POWER, pool.power_watts, *labels)
+    page.add(specs.POOL_REQUESTED_CLOCK, pool.requested_mhz, *labels, times=_HERTZ_PER_MHZ)
+    page.add(specs.POOL_OBSERVED_CLOCK, pool.observed_mhz, *labels, times=_HERTZ_PER_MHZ)
+    page.add(specs.POOL_TOKENS, pool.tokens_per_second, *labels)
+    page.add(specs.POOL_PROMPT_TOKENS, pool.prompt_tokens_per_second, *labels)
+    page.add(specs.POOL_JOULES_PER_GENERATED_TOKEN, pool.joules_per_generated_token, *labels)
+    page.add(specs.POOL_JOULES_PER_PROMPT_TOKEN, pool.joules_per_prompt_token, *labels)
+    page.add(specs.POOL_LATENCY, pool.inter_token_latency_ms, *labels, times=1e-3)
+    page.add(specs.POOL_ENERGY, pool.energy_kwh, *labels, times=_JOULES_PER_KWH)
+    for verdict in PowerCapVerdict:
+        page.add(specs.POOL_POWER_CAP, pool.power_cap.verdict is verdict, *labels, verdict.value)
+    if pool.roofline is not None:
+        page.add(specs.POOL_ARITHMETIC_INTENSITY, pool.roofline.arithmetic_intensity, *labels)
+        for limit in RooflineVerdict:
+            page.add(specs.POOL_ROOFLINE, pool.roofline.verdict is limit, *labels, limit.value)
+    if pool.savings is not None:
+        _savings(page, pool.savings, labels)
+
+
+def _savings(page: _Page, savings: Savings, labels: tuple[str, ...]) -> None:
+    for verdict in SavingsVerdict:
+        page.add(specs.POOL_VERDICT, savings.verdict is verdict, *labels, verdict.value)
+
+    def interval(
+        declared: Sequence[MetricSpec], value: DecimalString | None, ends: Sequence[DecimalString] | None, times: float
+    ) -> None:
+        if value is not None and ends is not None and len(ends) == 2:  # never a number without its interval
+            for spec, text in zip(declared, (value, *ends), strict=True):
+                page.add(spec, text, *labels, times=times)
+
+    interval(
+        (specs.SAVING_RATIO, specs.SAVING_RATIO_LOW, specs.SAVING_RATIO_HIGH),
+        savings.energy_percent,
+        savings.ci95,
+        0.01,
     )
-    for policy, status in snapshot:
-        mode = policy.spec.mode.value if policy.spec else "Invalid"
-        info.add_metric((policy.namespace, policy.name), {"mode": mode})
-        known = {condition.type: condition.status for condition in status.conditions}
-        for kind in ConditionType:
-            if known.get(kind.value) in ("True", "False"):
-                conditions.add_metric((policy.namespace, policy.name, kind.value), float(known[kind.value] == "True"))
-    yield info
-    yield conditions
-
-
-def _pool_values(pool: PoolStatus) -> dict[str, float]:
-    values: dict[str, float] = {"gpus": pool.gpus, "locked_gpus": pool.locked, "clamped_gpus": pool.clamped_gpus}
-    optional = {
-        "power_watts": pool.power_watts,
-        "requested_sm_clock_mhz": pool.requested_mhz,
-        "observed_sm_clock_mhz": pool.observed_mhz,
-        "tokens_per_second": pool.tokens_per_second,
-        "joules_per_generated_token": pool.joules_per_generated_token,
-        "joules_per_prompt_token": pool.joules_per_prompt_token,
-        "energy_kwh": pool.energy_kwh,
-    }
-    savings = pool.savings
-    if savings is not None and savings.energy_percent is not None and savings.ci95 is not None:
-        percents = {
-            "saving_ratio": savings.energy_percent,
-            "saving_ratio_low": savings.ci95[0],
-            "saving_ratio_high": savings.ci95[1],
-        }
-        values |= {name: float(percent) / 100 for name, percent in percents.items()}
-    return values | {name: float(value) for name, value in optional.items() if value is not None}
-
-
-_POOL_HELP = {
-    "gpus": "GPUs that the pool's pods hold.",
-    "locked_gpus": "GPUs under a cap now.",
-    "clamped_gpus": "GPUs below their cap under load while no limiter acts.",
-    "power_watts": "Power of the pool's GPU boards.",
-    "requested_sm_clock_mhz": "Cap in force.",
-    "observed_sm_clock_mhz": "SM clock of capped GPUs under load.",
-    "tokens_per_second": "Generated tokens per second.",
-    "joules_per_generated_token": "GPU-board energy for each generated token; not of Prefill pools.",
-    "joules_per_prompt_token": "GPU-board energy for each computed prompt token; of Prefill pools.",
-    "energy_kwh": "GPU-board energy so far.",
-    "saving_ratio": "Measured saving of energy for each token, 0 to 1.",
-    "saving_ratio_low": "Lower end of the 95 % interval of the saving.",
-    "saving_ratio_high": "Upper end of the 95 % interval of the saving.",
-}
-
-
-def _pools(snapshot: Snapshot) -> Iterator[Metric]:
-    families = {
-        name: GaugeMetricFamily(f"wattlock_pool_{name}", text, labels=_POOL_LABELS) for name, text in _POOL_HELP.items()
-    }
-    for policy, status in snapshot:
-        for pool in status.pools:
-            for name, value in _pool_values(pool).items():
-                families[name].add_metric((policy.namespace, policy.name, pool.name, pool.role.value), value)
-    yield from families.values()
+    page.add(specs.THROUGHPUT_CHANGE, savings.throughput_change_percent, *labels, times=0.01)
+    page.add(specs.LATENCY_CHANGE, savings.inter_token_latency_change_percent, *labels, times=0.01)
+    page.add(specs.PAIRS, savings.pairs, *labels)
+    page.add(specs.EXPERIMENT_INSTANCES, savings.instances, *labels)
+    page.add(specs.DROPPED, savings.dropped_epochs, *labels)
+    interval(
+        (specs.SAVED, specs.SAVED_LOW, specs.SAVED_HIGH), savings.saved_kwh, savings.saved_kwh_ci95, _JOULES_PER_KWH
+    )
+    interval(
+        (specs.SAVED_COST, specs.SAVED_COST_LOW, specs.SAVED_COST_HIGH), savings.saved_cost, savings.saved_cost_ci95, 1
+    )
+    interval(
+        (specs.SAVED_CO2, specs.SAVED_CO2_LOW, specs.SAVED_CO2_HIGH),
+        savings.saved_kg_co2,
+        savings.saved_kg_co2_ci95,
+        1000,
+    )

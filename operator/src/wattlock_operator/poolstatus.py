@@ -19,6 +19,8 @@ from wattlock_operator.tokenenergy import idle_message, joules_per_token
 from wattlock_operator.world import World
 
 MAX_REASONS = 12
+#: A control epoch is part of the cap's experiment: its GPUs count as capped, or the number would never stand still.
+_CAPPED = (Reason.LOCKED.value, Reason.CONTROL_EPOCH.value)
 #: Share of the busy time at the power cap from which it counts as binding, in percent.
 BINDING_PERCENT = 1.0
 MIN_BUSY_SECONDS = 60.0
@@ -175,6 +177,7 @@ def pool_status(
     fresh = [entry for entry in report.gpus if not entry.silent]
     instances = [item for item in report.instances if not item.silent]
     locked = [entry for entry in fresh if entry.gpu.state is GpuState.LOCKED]
+    capped = [entry for entry in fresh if entry.gpu.reason in _CAPPED]
     requested = [entry.gpu.requested_mhz for entry in fresh if entry.gpu.requested_mhz is not None]
     observed = [
         entry.gpu.observed_mhz
@@ -201,6 +204,7 @@ def pool_status(
         instances=len({member.instance for member in members}),
         pods=len(members),
         gpus=len(report.gpus),
+        capped=len(capped),
         locked=len(locked),
         requested_mhz=min(requested, default=None),
         observed_mhz=min(observed, default=None),

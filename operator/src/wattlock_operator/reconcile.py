@@ -152,7 +152,7 @@ class Reconciler:
 
     def _pass(self) -> float:
         """Look, decide and write; return after how many seconds to look again without a change."""
-        with self._metrics.reconcile_seconds.time():
+        with self._metrics.pass_seconds.time():
             now_seconds = time.time()
             template = read_template(self._settings)
             daemon_sets = read_daemon_sets(self._kube, self._settings.agent_namespace) if template is not None else ()

@@ -43,18 +43,27 @@ def lagging_nodes(world: World, orders: Orders, uid: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _range(numbers: Sequence[int]) -> str:
+def _range(numbers: Sequence[int]) -> str | None:
     distinct = sorted(set(numbers))
     if not distinct:
-        return ""
+        return None
     return f"{distinct[0]}MHz" if len(distinct) == 1 else f"{distinct[0]}-{distinct[-1]}MHz"
 
 
-def _saved(findings: Sequence[Finding]) -> str:
+def _saved_kwh(pools: Sequence[PoolStatus]) -> str | None:
+    """Return the sum over the pools, with three digits that count and no more than two places after the point."""
+    known = [number(pool.savings.saved_kwh) for pool in pools if pool.savings and pool.savings.saved_kwh is not None]
+    if not known:
+        return None
+    total = sum(known)
+    return f"{total:.0f}" if abs(total) >= 100 else f"{total:.{1 if abs(total) >= 10 else 2}f}"
+
+
+def _saved(findings: Sequence[Finding]) -> str | None:
     """Return the pool with the most pairs in a word."""
     best = max(findings, key=lambda finding: finding.savings.pairs, default=None)
     if best is None:
-        return ""
+        return None
     if best.savings.verdict is SavingsVerdict.VERIFIED and best.energy is not None:
         saving = saving_percent(best.energy)
         return f"{saving.value:.1f}%±{saving.half_width:.1f}"
@@ -72,12 +81,14 @@ def summary(policy: PolicyView, pools: Sequence[PoolStatus], findings: Sequence[
     per_token = [pool.joules_per_generated_token for pool in decode if pool.joules_per_generated_token is not None]
     return Summary(
         gpus=sum(pool.gpus for pool in pools),
+        capped=f"{sum(pool.capped for pool in decode)}/{sum(pool.gpus for pool in decode)}" if decode else None,
         locked=sum(pool.locked for pool in pools),
         clock=_range(asked),
-        power=f"{sum(watts or 0 for watts in powers)}W" if powers and None not in powers else "",
+        power=f"{sum(watts or 0 for watts in powers)}W" if powers and None not in powers else None,
         saved=_saved(findings),
+        saved_kwh=_saved_kwh(pools),
         observed=_range([pool.observed_mhz for pool in decode if pool.observed_mhz is not None]),
-        joules_per_token=f"{number(max(per_token, key=number)):.3f}" if per_token else "",
+        joules_per_token=f"{number(max(per_token, key=number)):.3f}" if per_token else None,
     )
 
 

@@ -73,7 +73,7 @@ def test_half_of_a_pools_power_is_not_published():
     # it would look like a saving while an agent restarts
     status = status_of([gpu(0, power_watts=300), gpu(1)])
     assert status.pools[0].power_watts is None
-    assert status.summary.power == ""
+    assert status.summary.power is None
 
 
 def test_a_prefill_pool_at_its_power_limit_is_no_news():
@@ -210,7 +210,7 @@ def test_metrics_show_the_last_decision_only():
     assert value("wattlock_pool_power_watts", labels) == 300
     assert value("wattlock_pool_locked_gpus", labels) == 1
     assert value("wattlock_policy_info", {"namespace": "llm", "policy": "qwen", "mode": "Enforce"}) == 1
-    assert value("wattlock_api_writes_total", {"kind": "NodeEnergy", "verb": "apply"}) == 1
+    assert value("wattlock_operator_api_writes_total", {"kind": "NodeEnergy", "verb": "apply"}) == 1
     assert value("wattlock_pool_tokens_per_second", labels) is None
     metrics.show([], leading=False)
     assert value("wattlock_pool_power_watts", labels) is None
