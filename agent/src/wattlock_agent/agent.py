@@ -278,7 +278,7 @@ class Agent:
         if reopened:
             self.actuator.driver_reopened()
             for track in self.tracks.values():
-                track.meter.interrupt()
+                track.interrupt()
         for gpu in scan.gpus:
             if gpu.uuid in scan.readings:
                 self._silent.pop(gpu.uuid, None)
@@ -287,6 +287,8 @@ class Agent:
                 self._silent[gpu.uuid] += 1
                 if scan.faults[gpu.uuid].fault is GpuFault.GPU_LOST:
                     self.actuator.lock_lost(gpu.uuid, clock.now_seconds)
+                    if gpu.uuid in self.tracks:  # it comes back with a reset, if at all
+                        self.tracks[gpu.uuid].interrupt()
 
     def _track(self, uuid: str, clock: Clock) -> None:
         """Add the reading to what is known of the GPU, and act on what it says about our lock."""
@@ -301,7 +303,7 @@ class Agent:
         track = self.tracks[uuid]
         finding, restarted = track.add(self._scan.readings[uuid], cap_mhz, step, age_seconds)
         if restarted and cap_mhz is not None:
-            _log.warning("gpu=%s energy counter went back: driver reload or GPU reset, locking again", uuid)
+            _log.warning("gpu=%s counters went back: driver reload or GPU reset, locking again", uuid)
             self.actuator.lock_lost(uuid, clock.now_seconds)
         elif finding is Finding.LOST:
             wait_seconds = backoff_seconds(track.watch)

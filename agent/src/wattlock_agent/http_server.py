@@ -1,13 +1,13 @@
 """Serves /metrics, /healthz and /readyz from the newest snapshot."""
 
 import threading
-import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from wattlock_agent import boottime
 from wattlock_agent.metrics import SnapshotBoard, make_registry
 
 #: Without a pass of the loop for so long the agent counts as dead.
@@ -22,13 +22,13 @@ class AgentServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, address: tuple[str, int], board: SnapshotBoard, monotonic_seconds: Callable[[], float] = time.monotonic
+        self, address: tuple[str, int], board: SnapshotBoard, now_seconds: Callable[[], float] = boottime.now_seconds
     ) -> None:
         """Bind; port 0 takes any free one. Raises OSError when the port is taken."""
         super().__init__(address, _Handler)
         self.board = board
         self.registry: CollectorRegistry = make_registry(board)
-        self.monotonic_seconds = monotonic_seconds
+        self.now_seconds = now_seconds
         self._slots = threading.BoundedSemaphore(_MAX_REQUESTS)
 
     def start(self) -> None:
@@ -59,7 +59,7 @@ class AgentServer(ThreadingHTTPServer):
         if path == "/metrics":
             return 200, CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self.registry)
         if path == "/healthz":
-            age_seconds = self.monotonic_seconds() - snapshot.at_seconds
+            age_seconds = self.now_seconds() - snapshot.at_seconds
             alive = age_seconds < HEARTBEAT_SECONDS
             return (200 if alive else 503), text, f"last pass {age_seconds:.1f} s ago\n".encode()
         if path == "/readyz":

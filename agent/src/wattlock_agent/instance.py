@@ -54,7 +54,8 @@ class InstanceTrack:
         self._samples: deque[Sample] = deque(maxlen=32)
         self._failure: ScrapeFailure | None = None
         self._locked_since_seconds: float | None = None
-        self._joules = float(before.energy_joules) if before else 0.0
+        self._joules = float(before.energy_joules or 0) if before else 0.0
+        self._energy_measured = True
         self._counted: dict[tuple[str, str], float] = {}
         self._evidence = evidence.PromptEvidence()
         self._guardrail = guardrail.GuardrailState(trips=before.guardrail_trips if before else 0)
@@ -210,7 +211,7 @@ class InstanceTrack:
             guardrail_tripped=tripped,
             guardrail_message=self._guardrail.message if tripped else "",
             guardrail_trips=self._guardrail.trips,
-            energy_joules=decimal_string(self._joules, 1),
+            energy_joules=decimal_string(self._joules, 1) if self._energy_measured else None,
             arms=self.switchback.arms(),
             pair_stats=self.switchback.pair_stats(),
             dropped=self.switchback.dropped(),
@@ -253,6 +254,8 @@ class InstanceTrack:
             counted[key] = track.meter.joules
             self._joules += max(0.0, track.meter.joules - self._counted.get(key, track.meter.joules))
         self._counted = counted
+        # The energy of some of its GPUs would look like that of all.
+        self._energy_measured = all(track.meter.measured for track in tracks.values())
 
     def _resolve(self, clock: Clock, tracks: Mapping[str, GpuTrack]) -> None:
         """Join waiting scrapes with the energy at their time, once readings from before and after it are there."""

@@ -15,6 +15,7 @@ from wattlock_api.nodeenergy import NodeEnergyStatus
 from wattlock_agent import kube
 from wattlock_agent.agent import Agent, NoJournal
 from wattlock_agent.api_client import ApiClient
+from wattlock_agent.boottime import now_seconds
 from wattlock_agent.clock import Clock
 from wattlock_agent.driver_session import DriverMismatchError, DriverSession
 from wattlock_agent.events import Event, HoldersSeen, ScrapeDone, ThreadFailed
@@ -139,7 +140,7 @@ class Loop:
 
     @staticmethod
     def _clock() -> Clock:
-        return Clock(time.monotonic(), time.time())
+        return Clock(now_seconds(), time.time())
 
     def _guard(self, target: Callable[[], None]) -> Callable[[], None]:
         def guarded() -> None:
@@ -151,7 +152,7 @@ class Loop:
         return guarded
 
     def _serve(self) -> None:
-        next_tick_seconds = time.monotonic()
+        next_tick_seconds = now_seconds()
         while True:
             clock = self._clock()
             wait_seconds = min(
@@ -177,19 +178,19 @@ class Loop:
         if isinstance(event, kube.StatusWritten) and event.problem:
             self._status_failures += not event.missing
             pause_seconds = 0.0 if event.missing else REFUSED_STATUS_SECONDS
-            self._reported = Reported(at_seconds=time.monotonic() + pause_seconds)  # not written: due again
+            self._reported = Reported(at_seconds=now_seconds() + pause_seconds)  # not written: due again
         return self._agent.handle(event, self._clock())
 
     def _pass(self, clock: Clock) -> None:
         self._open_journal(clock)
         self._agent.tick(clock)
         status = self._build_status()
-        now_seconds = time.monotonic()
-        if self._has_object() and is_due(self._reported, status, now_seconds, self._jitter):
-            self._reported = Reported(now_seconds, status)
+        done_seconds = now_seconds()
+        if self._has_object() and is_due(self._reported, status, done_seconds, self._jitter):
+            self._reported = Reported(done_seconds, status)
             self._status.put(status)
         self._passes += 1
-        self._pass_seconds += now_seconds - clock.now_seconds
+        self._pass_seconds += done_seconds - clock.now_seconds
         self.board.snapshot = self._snapshot(status)
 
     def _has_object(self) -> bool:
@@ -220,16 +221,16 @@ class Loop:
             self._scrape_workers.submit(self._guard(lambda key=key, url=url: self._scrape(key, url)))  # type: ignore[misc]
 
     def _ask_holders(self, gpus: tuple[GpuIdentity, ...]) -> None:
-        asked_seconds = time.monotonic()
+        asked_seconds = now_seconds()
         try:
             self._events.put(HoldersSeen(asked_seconds, self._kubelet.holders(gpus)))
         except KubeletError as error:
             self._events.put(HoldersSeen(asked_seconds, None, str(error)))
 
     def _scrape(self, key: InstanceKey, url: str) -> None:
-        started_seconds = time.monotonic()
+        started_seconds = now_seconds()
         result = self._scraper.scrape(url)
-        self._events.put(ScrapeDone(key, url, result, time.monotonic() - started_seconds))
+        self._events.put(ScrapeDone(key, url, result, now_seconds() - started_seconds))
 
     def _build_status(self) -> NodeEnergyStatus:
         agent = self._agent
@@ -266,11 +267,11 @@ class Loop:
         """Release, report, leave."""
         _log.info("stopping: releasing all GPUs")
         self._agent.stopping = True
-        deadline_seconds = time.monotonic() + RELEASE_TIMEOUT_SECONDS
+        deadline_seconds = now_seconds() + RELEASE_TIMEOUT_SECONDS
         while True:
             self._agent.tick(self._clock())
             writes = self._settings.mode is Mode.ENFORCE and bool(self._agent.actuator.records())
-            if not writes or time.monotonic() >= deadline_seconds:
+            if not writes or now_seconds() >= deadline_seconds:
                 break
             time.sleep(0.2)
         left = list(self._agent.actuator.records()) if self._settings.mode is Mode.ENFORCE else []

@@ -13,9 +13,10 @@ from wattlock_agent.agent import Outlook
 from wattlock_agent.clocks import to_ranges
 from wattlock_agent.gpu.base import GpuFault
 from wattlock_agent.instance import InstanceTrack
+from wattlock_agent.limiters import LIMITER_NAMES
 from wattlock_agent.orders import InstanceKey, key_of
 from wattlock_agent.plan import Decision, Refusal
-from wattlock_agent.track import LIMITER_NAMES, GpuTrack
+from wattlock_agent.track import GpuTrack
 
 MEASUREMENT_SECONDS = 20.0
 MIN_SECONDS = 2.0
@@ -105,15 +106,22 @@ def _gpu(outlook: Outlook, uuid: str, track: GpuTrack | None) -> GpuStatus:
         return status
     watts, peak, limit_mw = track.watts(), track.peak_watts(), track.last.power_limit_mw
     limiters = {f"{name}_seconds": decimal_string(track.limiter_seconds[name], 3) for name in LIMITER_NAMES}
+    capped, measured = decision.requested_mhz is not None, track.meter.measured
     return status.model_copy(
         update={
-            "observed_mhz": track.observed_mhz if decision.requested_mhz is not None else None,
+            "observed_mhz": track.observed_mhz if capped else track.released_mhz,
             "power_watts": round(watts) if watts is not None else None,
             "peak_watts": round(peak) if peak is not None else None,
             "power_limit_watts": round(limit_mw / 1000) if limit_mw is not None else None,
-            "energy_joules": decimal_string(track.meter.joules, 1),
+            "energy_joules": decimal_string(track.meter.joules, 1) if measured else None,
+            "energy_reason": "" if measured else Reason.NO_ENERGY_COUNTER,
+            "energy_gaps": track.meter.gaps,
             "busy_seconds": decimal_string(track.busy_seconds, 1),
-            "clamped": track.clamped and decision.requested_mhz is not None,
+            "recent_busy_seconds": decimal_string(track.recent_cap.busy_seconds, 1),
+            "recent_power_cap_seconds": decimal_string(track.recent_cap.capped_seconds, 3)
+            if track.last.limiters.power_cap is not None
+            else None,
+            "clamped": track.clamped and capped,
             "clamp_seconds": decimal_string(track.clamp_seconds, 1),
             "limiters": Limiters.model_validate(limiters),
         }

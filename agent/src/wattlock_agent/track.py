@@ -1,18 +1,20 @@
 """What is known of one GPU over time: energy, clocks, limiters and clamps, for its present holder. Pure."""
 
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import median_low
 
 from wattlock_api.nodeenergy import GpuStatus
 
 from wattlock_agent.energy import EnergyMeter
-from wattlock_agent.gpu.base import GpuReading, LimiterNanoseconds
+from wattlock_agent.gpu.base import GpuReading
+from wattlock_agent.limiters import LIMITER_NAMES, RecentCap, growth
 from wattlock_agent.verify import BUSY_PERCENT, SETTLE_SECONDS, Finding, LockReading, LockWatch, check_lock
 
 #: "The last report interval" of the status.
 WINDOW_SECONDS = 20.0
-#: Readings further apart are not one stretch of time: what happened between them is not guessed.
+#: Readings further apart are not one stretch of time: whether the GPU was busy between them is not guessed. Counters
+#: (energy, limiters) tell even then.
 _MAX_GAP_SECONDS = 3.0
 _CLAMP_WINDOW_SECONDS = 10.0
 _CLAMP_MIN_READINGS = 5
@@ -22,8 +24,6 @@ _CLAMP_BUSY_PERCENT = 90
 #: where the counters are missing. https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html
 _LIMITER_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80 | 0x200 | 0x400
 
-LIMITER_NAMES = tuple(field.name for field in fields(LimiterNanoseconds))
-
 
 @dataclass(frozen=True)
 class _Moment:
@@ -32,6 +32,7 @@ class _Moment:
     busy_percent: int
     cap_mhz: int | None
     """The cap that was in force and settled; ``None``: released, or just switched."""
+    released: bool
     limited: bool
     peak_mw: int | None
 
@@ -51,21 +52,34 @@ class GpuTrack:
     def __init__(self, holder_uid: str, before: GpuStatus | None = None) -> None:
         """``before`` is what an earlier agent had reported; it counts when it was for the same holder."""
         same = before is not None and before.holder is not None and before.holder.uid == holder_uid
+        earlier = before if before is not None and same else None
         self.holder_uid = holder_uid
-        self.meter = EnergyMeter(float(before.energy_joules) if before and same else 0.0)
-        self.busy_seconds = float(before.busy_seconds) if before and same else 0.0
-        self.clamp_seconds = float(before.clamp_seconds) if before and same else 0.0
-        self.limiter_seconds = dict.fromkeys(LIMITER_NAMES, 0.0)
-        if before and same:
-            for name in LIMITER_NAMES:
-                self.limiter_seconds[name] = float(getattr(before.limiters, f"{name}_seconds"))
+        counted = earlier.energy_joules if earlier else None
+        self.meter = EnergyMeter(None if counted is None else float(counted), earlier.energy_gaps if earlier else 0)
+        self.busy_seconds = float(earlier.busy_seconds) if earlier else 0.0
+        self.clamp_seconds = float(earlier.clamp_seconds) if earlier else 0.0
+        self.limiter_seconds = {
+            name: float(getattr(earlier.limiters, f"{name}_seconds")) if earlier else 0.0 for name in LIMITER_NAMES
+        }
+        self.recent_cap = RecentCap()
+        if earlier and earlier.recent_busy_seconds is not None and earlier.recent_power_cap_seconds is not None:
+            self.recent_cap = RecentCap(float(earlier.recent_busy_seconds), float(earlier.recent_power_cap_seconds))
         self.last: GpuReading | None = None
         self.clamped = False
         """Whether firmware held the clock below the cap when last capped: a control epoch does not undo the finding."""
         self.observed_mhz: int | None = None
-        """Median SM clock while busy and capped, over the last report interval that was capped, in MHz."""
+        """Median SM clock while busy and capped, in MHz, over the last report interval under the last cap: a control
+        epoch does not change it."""
+        self.released_mhz: int | None = None
+        """Median SM clock while busy and released, in MHz, over the last report interval."""
         self.watch = LockWatch()
+        self._cap_mhz: int | None = None
         self._recent: deque[_Moment] = deque(maxlen=64)
+
+    def interrupt(self) -> None:
+        """End the interval: the driver was opened anew or lost the GPU, so any counter may have restarted unseen."""
+        self.meter.interrupt()
+        self.last = None
 
     def add(
         self, reading: GpuReading, cap_mhz: int | None, step_mhz: int, lock_age_seconds: float | None
@@ -73,15 +87,20 @@ class GpuTrack:
         """Add a reading taken while our lock asked for ``cap_mhz`` (``None``: released).
 
         Returns:
-            What it says about the lock, and whether the energy counter went back.
+            What it says about the lock, and whether a counter went back.
         """
-        restarted = self.meter.add(reading.at_seconds, reading.energy_mj)
         before, self.last = self.last, reading
-        seconds = 0.0 if before is None or restarted else reading.at_seconds - before.at_seconds
-        if not 0 < seconds <= _MAX_GAP_SECONDS:
-            seconds = 0.0
-        limited = self._add_limiters(before, reading, seconds)
+        elapsed_seconds = reading.at_seconds - before.at_seconds if before is not None else 0.0
+        grown = growth(before.limiters, reading.limiters, elapsed_seconds) if before is not None else None
+        if grown is not None and grown.restarted:
+            self.meter.interrupt()  # a restart is one of all counters, also where the energy has passed its old value
+        limit_mw = max((each.power_limit_mw or 0 for each in (before, reading) if each is not None), default=0)
+        restarted = self.meter.add(reading.at_seconds, reading.energy_mj, limit_mw / 1000 or None)
+        restarted = restarted or (grown is not None and grown.restarted)
         busy = busy_percent(reading)
+        # Over a longer gap it is not known how long the GPU was busy.
+        seconds = elapsed_seconds if not restarted and 0 < elapsed_seconds <= _MAX_GAP_SECONDS else 0.0
+        limited = self._add_limiters(reading, {} if restarted or grown is None else grown.seconds, seconds, busy)
         self.busy_seconds += seconds * busy / 100
         settled = lock_age_seconds is not None and lock_age_seconds >= SETTLE_SECONDS
         self._recent.append(
@@ -90,14 +109,19 @@ class GpuTrack:
                 reading.sm_mhz,
                 busy,
                 cap_mhz if settled else None,
+                cap_mhz is None,
                 limited,
                 reading.power_instant_mw,
             )
         )
+        if cap_mhz is not None and cap_mhz != self._cap_mhz:
+            # What was observed belongs to another request.
+            self._cap_mhz, self.observed_mhz, self.clamped = cap_mhz, None, False
         if cap_mhz is not None and settled:
             self._judge(cap_mhz, step_mhz)
             if self.clamped:
                 self.clamp_seconds += seconds
+        self.released_mhz = self._median_mhz([each for each in self._within(WINDOW_SECONDS) if each.released])
         if cap_mhz is None or lock_age_seconds is None:
             self.watch = LockWatch(losses=self.watch.losses)
             return Finding.FINE, restarted
@@ -127,14 +151,18 @@ class GpuTrack:
         newest = self._recent[-1].at_seconds
         return [moment for moment in self._recent if newest - moment.at_seconds <= window_seconds]
 
+    @staticmethod
+    def _median_mhz(moments: list[_Moment]) -> int | None:
+        busy = [each.sm_mhz for each in moments if each.sm_mhz is not None and each.busy_percent >= BUSY_PERCENT]
+        return median_low(busy) if busy else None
+
     def _judge(self, cap_mhz: int, step_mhz: int) -> None:
         """Note the clock under this cap, and whether firmware holds it down by more than a step with no limiter acting.
 
         Readings under another cap do not count: after a rise they would look like a clamp.
         """
         moments = [m for m in self._within(WINDOW_SECONDS) if m.cap_mhz == cap_mhz and m.sm_mhz is not None]
-        busy = [m.sm_mhz or 0 for m in moments if m.busy_percent >= BUSY_PERCENT]
-        self.observed_mhz = median_low(busy) if busy else None
+        self.observed_mhz = self._median_mhz(moments)
         newest = self._recent[-1]
         loaded = [
             moment
@@ -149,19 +177,16 @@ class GpuTrack:
             and median_low([moment.sm_mhz or 0 for moment in loaded]) < cap_mhz - step_mhz
         )
 
-    def _add_limiters(self, before: GpuReading | None, reading: GpuReading, seconds: float) -> bool:
-        """Add what the counters grew by; returns whether any limiter acted."""
-        if before is None:
-            return False
-        counted = acted = False
-        for name in LIMITER_NAMES:
-            old, new = getattr(before.limiters, name), getattr(reading.limiters, name)
-            if old is None or new is None:
-                continue
-            counted = True
-            if seconds and new > old:  # a decrease is a reload: what was before it is already added
-                acted = True
-                self.limiter_seconds[name] += min((new - old) / 1e9, 2 * seconds)
+    def _add_limiters(self, reading: GpuReading, grown: dict[str, float], seconds: float, busy: int) -> bool:
+        """Add what the counters grew by; returns whether any limiter acted.
+
+        ``seconds``: for how long it is known whether the GPU was busy, 0 over a gap.
+        """
+        for name, grown_seconds in grown.items():
+            self.limiter_seconds[name] += grown_seconds
+        if seconds and "power_cap" in grown:
+            self.recent_cap.add(seconds * busy / 100, grown["power_cap"])
+        counted = any(getattr(reading.limiters, name) is not None for name in LIMITER_NAMES)
         if not counted and reading.event_reasons is not None:
             return bool(reading.event_reasons & _LIMITER_BITS)
-        return acted
+        return any(grown_seconds > 0 for grown_seconds in grown.values())

@@ -11,6 +11,8 @@ _UNITS = {"Mhz": "MHz", "Kwh": "KWh", "Co2": "CO2", "Url": "URL", "Gpus": "GPUs"
 _IRREGULAR = {
     "max_sm_clock_mhz": "maxSMClockMHz",
     "grams_co2_per_kwh": "gramsCO2PerKWh",
+    "throughput_change_ci95": "throughputChangeCI95",
+    "inter_token_latency_change_ci95": "interTokenLatencyChangeCI95",
     "saved_kwh_ci95": "savedKWhCI95",
     "saved_cost_ci95": "savedCostCI95",
     "saved_kg_co2_ci95": "savedKgCO2CI95",

@@ -111,6 +111,8 @@ class Reason(StrEnum):
     NVML_NOT_FOUND = "NVMLNotFound"
     JOURNAL_UNWRITABLE = "JournalUnwritable"
     AGENT_STOPPING = "AgentStopping"
+    # about measurements
+    NO_ENERGY_COUNTER = "NoEnergyCounter"
     # about serving metrics
     NO_SERVING_METRICS = "NoServingMetrics"
     METRICS_UNREACHABLE = "MetricsUnreachable"

@@ -226,9 +226,11 @@ class PowerCap(ApiModel):
     limit_watts: int | None = None
     """Lowest enforced power limit of the pool's GPUs, in watts."""
     peak_watts: int | None = None
-    """Highest instantaneous power of one GPU in the last report, in watts. Short peaks above the limit are normal."""
+    """Highest instantaneous power of one GPU among the readings (one a second) of the last 20 s, in watts. Peaks above
+    the limit for tenths of a second are normal and say nothing about the verdict."""
     time_at_cap_percent: PositiveDecimalString | None = None
-    """Share of the busy time at the power cap, from the driver's nanosecond counter, in percent."""
+    """Share of the busy time at the power cap in percent, over each GPU's last 15 minutes of busy time, from the
+    driver's nanosecond counter. GPUs that were busy for less than a minute do not count."""
     verdict: PowerCapVerdict = PowerCapVerdict.UNKNOWN
     """Inert: at most 1 % of the busy time. Binding: more, so it held the clock down. Unknown: no GPU was busy for a
     minute yet, or none counts this time. (The counter trails the load by up to 0.4 s: 0.7 % of a minute.)"""
@@ -254,8 +256,8 @@ class Savings(ApiModel):
     method: Literal["Switchback", "None"]
     """How it was measured."""
     verdict: SavingsVerdict
-    """Verified: the interval excludes zero and its half-width is under 3 points. Inconclusive: not yet.
-    Unknown: it cannot be measured, the reason says why."""
+    """Verified: the interval excludes zero, its half-width is under 3 points, and the evidence holds for someone who
+    looks again and again. Inconclusive: not yet. Unknown: it cannot be measured, the reason says why."""
     reason: ReasonName
     """One word for programs."""
     message: Sentence
@@ -263,15 +265,22 @@ class Savings(ApiModel):
     energy_percent: DecimalString | None = None
     """Energy saved for each token, in percent of the energy when released. Negative: the cap costs energy."""
     ci95: Annotated[list[DecimalString], Field(max_length=2)] | None = None
-    """95 % confidence interval of energyPercent: [low, high]."""
+    """95 % confidence interval of energyPercent, right at one look: [low, high]."""
+    ci95_every_look: Annotated[list[DecimalString], Field(max_length=2)] | None = None
+    """The wider interval that holds at all looks at once with 95 % probability, so also at the look at which one
+    stops: [low, high]. Absent while there is too little data."""
     throughput_change_percent: DecimalString | None = None
     """Change of tokens per second under the cap, in percent."""
+    throughput_change_ci95: Annotated[list[DecimalString], Field(max_length=2)] | None = None
+    """Its 95 % confidence interval: [low, high]."""
     inter_token_latency_change_percent: DecimalString | None = None
     """Change of the mean inter-token latency under the cap, in percent."""
+    inter_token_latency_change_ci95: Annotated[list[DecimalString], Field(max_length=2)] | None = None
+    """Its 95 % confidence interval: [low, high]."""
     pairs: int = 0
-    """Pairs of neighbouring epochs behind the estimate."""
+    """Pairs of neighbouring epochs behind the estimate: the unit of the confidence interval."""
     instances: int = 0
-    """Serving instances behind the estimate: the unit of the confidence interval."""
+    """Serving instances behind the estimate that are there now."""
     dropped_epochs: int = 0
     """Epochs that could not be used: restarts, power or thermal limits, no tokens, missing samples."""
     saved_kwh: DecimalString | None = None

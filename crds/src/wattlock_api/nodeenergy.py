@@ -179,11 +179,13 @@ class GpuStatus(ApiModel):
     requested_mhz: int | None = None
     """The cap that our lock asks for, in MHz, also while a control epoch releases it for comparison."""
     observed_mhz: int | None = None
-    """Median SM clock while busy and capped, over the last report interval, in MHz."""
+    """Median SM clock in MHz of the readings (one a second) in which the GPU was busy, over 20 s. Where a clock is
+    requested: of the last 20 s under that cap, so that it stands through control epochs. Else: of the last 20 s."""
     power_watts: int | None = None
-    """Mean power over the last report interval, from the energy counter, in watts."""
+    """Mean power over the last 20 s, in watts: the rise of the energy counter by the time. Absent until the counter was
+    read for 5 s."""
     peak_watts: int | None = None
-    """Highest instantaneous power in the last report interval, in watts."""
+    """Highest instantaneous power among the readings (one a second) of the last 20 s, in watts."""
     power_limit_watts: int | None = None
     """Enforced power limit, in watts."""
     energy_joules: PositiveDecimalString | None = None
@@ -195,13 +197,20 @@ class GpuStatus(ApiModel):
     """Intervals that are not in energyJoules: the driver or the GPU restarted, or the counter jumped by more than the
     board can use."""
     busy_seconds: PositiveDecimalString = "0"
-    """Time with work, in seconds."""
+    """Time with work, in seconds: utilisation, read once a second, times the time since the reading before. Gaps of
+    more than 3 s between readings do not count."""
+    recent_busy_seconds: PositiveDecimalString | None = None
+    """The last 15 minutes of busy time, or what there is of them, in seconds: the power cap is judged by them."""
+    recent_power_cap_seconds: PositiveDecimalString | None = None
+    """Time at the power cap in them, from the driver's nanosecond counter, in seconds. Absent where the GPU has no such
+    counter."""
     clamped: bool = False
     """Whether the clock is below the cap under load while no limiter acts."""
     clamp_seconds: PositiveDecimalString = "0"
     """Time for which that was so, in seconds."""
     limiters: Limiters = Limiters()
-    """What held the clock down, in seconds."""
+    """What held the clock down, in seconds, from the driver's nanosecond counters: the time between two readings is
+    counted however far they are apart, but not over a restart of the driver."""
 
 
 class ArmTotals(ApiModel):
@@ -313,8 +322,9 @@ class InstanceStatus(ApiModel):
     """What was breached, by how much, until when it stays released."""
     guardrail_trips: int = 0
     """Breaches so far."""
-    energy_joules: PositiveDecimalString = "0"
-    """Energy of the instance's GPUs on this node since tracking began, in joules."""
+    energy_joules: PositiveDecimalString | None = "0"
+    """Energy of the instance's GPUs on this node since tracking began, in joules. Absent where one of them has no
+    energy counter."""
     arms: Annotated[list[ArmTotals], Field(max_length=16, json_schema_extra=_map_list("capMHz"))] = []
     """Sums by arm."""
     pair_stats: Annotated[list[PairStats], Field(max_length=16, json_schema_extra=_map_list("capMHz"))] = []

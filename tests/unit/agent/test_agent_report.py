@@ -118,7 +118,7 @@ def board():
 
 @pytest.fixture
 def get(board):
-    server = AgentServer(("127.0.0.1", 0), board, monotonic_seconds=lambda: 1000.0)
+    server = AgentServer(("127.0.0.1", 0), board, now_seconds=lambda: 1000.0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
 

@@ -77,8 +77,8 @@ def test_half_of_a_pools_power_is_not_published():
 
 
 def test_a_prefill_pool_at_its_power_limit_is_no_news():
-    prefill = gpu(2, pool="prefill", busy_seconds="1000", limiters=Limiters(power_cap_seconds="1000"))
-    status = status_of([gpu(0, busy_seconds="1000"), prefill])
+    prefill = gpu(2, pool="prefill", recent_busy_seconds="900", recent_power_cap_seconds="900")
+    status = status_of([gpu(0, recent_busy_seconds="900", recent_power_cap_seconds="0"), prefill])
     assert [pool.power_cap.verdict.value for pool in status.pools] == ["Inert", "Binding"]
     assert state(status, "PowerCapBinding") == ("False", "Inert")
 
@@ -108,7 +108,7 @@ def test_a_silent_node_speaks_of_the_past_only():
     [("59", "59", "Unknown"), ("60", "0", "Inert"), ("1000", "10", "Inert"), ("1000", "11", "Binding")],
 )
 def test_the_power_cap_is_judged_by_its_share_of_the_busy_time(busy, capped, expected):
-    status = status_of([gpu(busy_seconds=busy, limiters=Limiters(power_cap_seconds=capped))])
+    status = status_of([gpu(recent_busy_seconds=busy, recent_power_cap_seconds=capped)])
     assert status.pools[0].power_cap.verdict.value == expected
     wanted = {"Unknown": "Unknown", "Inert": "False", "Binding": "True"}[expected]
     assert condition(status, "PowerCapBinding").status == wanted

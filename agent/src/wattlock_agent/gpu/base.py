@@ -72,7 +72,7 @@ class GpuReading:
 
     uuid: str
     at_seconds: float
-    """Monotonic time of the energy read."""
+    """Time of the energy read, by the clock of ``boottime``."""
     energy_mj: int | None
     """Energy counter in millijoules since driver load."""
     power_instant_mw: int | None

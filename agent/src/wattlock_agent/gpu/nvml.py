@@ -5,7 +5,6 @@ Facts about the calls: header nvml.h 13.3 and https://docs.nvidia.com/deploy/nvm
 """
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pynvml
 
+from wattlock_agent import boottime
 from wattlock_agent.gpu import faults, fields
 from wattlock_agent.gpu.base import DriverInfo, GpuError, GpuFault, GpuIdentity, GpuReading
 from wattlock_agent.gpu.capability import has_sys_admin
@@ -81,10 +81,10 @@ class NvmlDriver:
 
     def __init__(
         self,
-        monotonic_seconds: Callable[[], float] = time.monotonic,
+        now_seconds: Callable[[], float] = boottime.now_seconds,
         proc_status: Path = Path("/proc/self/status"),
     ) -> None:
-        self._monotonic_seconds = monotonic_seconds
+        self._now_seconds = now_seconds
         self._proc_status = proc_status
         self._open = False
         self._gpus: dict[str, _Gpu] = {}
@@ -270,10 +270,10 @@ class NvmlDriver:
         _log.info("%s offers every reading%s", gpu.uuid, f" but {', '.join(lacking)}" if lacking else "")
 
     def _read(self, gpu: _Gpu) -> GpuReading:
-        before_seconds = self._monotonic_seconds()
+        before_seconds = self._now_seconds()
         energy_mj = self._optional(gpu, _ENERGY)
         # The call takes about 4 ms: its middle is the best estimate of the moment.
-        at_seconds = (before_seconds + self._monotonic_seconds()) / 2
+        at_seconds = (before_seconds + self._now_seconds()) / 2
         values = self._field_values(gpu, _FIELDS)
         utilization = self._optional(gpu, _UTILIZATION)
         return GpuReading(
