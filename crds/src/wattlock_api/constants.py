@@ -127,6 +127,7 @@ class Reason(StrEnum):
     TOO_FEW_PAIRS = "TooFewPairs"
     INTERVAL_TOO_WIDE = "IntervalTooWide"
     INTERVAL_INCLUDES_ZERO = "IntervalIncludesZero"
+    NEEDS_MORE_EVIDENCE = "NeedsMoreEvidence"
     INTERVAL_EXCLUDES_ZERO = "IntervalExcludesZero"
     CAP_COSTS_ENERGY = "CapCostsEnergy"
 

@@ -1,9 +1,19 @@
-"""Statistics of the experiment: from the paired epochs of many instances to one effect with its interval.
+"""Statistics of the experiment: from the paired epochs of many instances to one effect with its interval. Pure.
 
-Every pair gives y = log(capped / released). Instances differ (load, model, node), and pairs of one instance are
-not independent, so the instance is the unit: the variance is cluster-robust and the quantile is Student's t with
-one degree of freedom less than there are instances. A single instance can only speak for itself: there the pairs
-are the unit.
+Every pair gives d = log(capped / released). Which of its two epochs is the released one was decided by a fair coin, so
+
+    d = (effect in this pair) + s * (what differed between the two epochs),    s = +1 or -1 by the coin
+
+and the second part is zero on average and uncorrelated between pairs, whatever the load does: within an instance, from
+one hour to the next, and between instances that share a load balancer. **The pair is the unit of randomisation**, and
+so the unit of the interval. Instances are strata: they may differ in noise and in effect (model, traffic, node), and a
+difference between them is not error. The interval is about the instances and the time that were measured.
+
+Why not one number for each instance (a cluster-robust variance): that answers what an instance that nobody has measured
+would save. For these instances it is several times too wide with 2 to 4 of them, and never misses when one of them is
+much noisier than the rest (docs/benchmarks.md shows both). See Abadie, Athey, Imbens and Wooldridge, "When Should You
+Adjust Standard Errors for Clustering?", Quarterly Journal of Economics 138 (2023) 1-35: clusters count where samples or
+treatments are drawn by cluster; here each pair has a coin of its own.
 """
 
 import math
@@ -15,16 +25,21 @@ from statistics import NormalDist
 
 @dataclass(frozen=True)
 class Sample:
-    """Sufficient statistics of y over the pairs of one instance."""
+    """Sufficient statistics of d over the pairs of one instance."""
 
     pairs: int
     total: float
     squares: float
 
+    @property
+    def spread(self) -> float:
+        """Sum of the squared distances from the mean. Rounding of reported sums could make it negative: then 0."""
+        return max(0.0, self.squares - self.total**2 / self.pairs) if self.pairs else 0.0
+
 
 @dataclass(frozen=True)
 class Effect:
-    """Mean of y with its 95 % confidence interval, in log units."""
+    """Mean of d with its 95 % confidence interval, in log units."""
 
     mean: float
     low: float
@@ -53,17 +68,7 @@ class Percent:
 
 
 @lru_cache(maxsize=4096)
-def t_quantile_975(degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's t, so that +- the result holds 95 %.
-
-    Exact for 1 and 2 degrees of freedom; else the expansion of G. W. Hill, "Algorithm 396: Student's
-    t-quantiles", Communications of the ACM 13 (1970) 619-620, good to six digits.
-
-    Raises:
-        ValueError: fewer than one degree of freedom.
-    """
-    if degrees < 1:
-        raise ValueError(f"Student's t needs at least one degree of freedom, got {degrees}")
+def _t_quantile_975(degrees: int) -> float:
     tails, n = 0.05, float(degrees)
     if degrees == 1:
         return 1 / math.tan(tails * math.pi / 2)
@@ -89,30 +94,75 @@ def t_quantile_975(degrees: int) -> float:
     return math.sqrt(n * y)
 
 
+def t_quantile_975(degrees: float) -> float:
+    """Return the 97.5 % quantile of Student's t, so that +- the result holds 95 %.
+
+    Exact for 1 and 2 degrees of freedom; else the expansion of G. W. Hill, "Algorithm 396: Student's
+    t-quantiles", Communications of the ACM 13 (1970) 619-620, good to six digits. Between whole numbers a straight
+    line over 1/degrees, as printed tables recommend: good to three digits from three degrees on, wide before.
+
+    Raises:
+        ValueError: fewer than one degree of freedom.
+    """
+    if degrees < 1:
+        raise ValueError(f"Student's t needs at least one degree of freedom, got {degrees}")
+    below = math.floor(degrees)
+    if below == degrees or below > 1000:
+        return _t_quantile_975(below)
+    share = (1 / below - 1 / degrees) / (1 / below - 1 / (below + 1))
+    return _t_quantile_975(below) + share * (_t_quantile_975(below + 1) - _t_quantile_975(below))
+
+
+def _strata(samples: Sequence[Sample]) -> list[Sample]:
+    """Return groups of two pairs at least, each with a variance of its own.
+
+    Instances with one pair share a group, where they differ or not: too wide rather than too narrow. A single pair
+    that is left alone joins the smallest group.
+    """
+    strata = sorted((sample for sample in samples if sample.pairs > 1), key=lambda sample: sample.pairs)
+    single = [sample for sample in samples if sample.pairs == 1]
+    if len(single) == 1 and strata:
+        single.append(strata.pop(0))
+    if single:
+        strata.append(
+            Sample(
+                sum(sample.pairs for sample in single),
+                sum(sample.total for sample in single),
+                sum(sample.squares for sample in single),
+            )
+        )
+    return strata
+
+
 def pool(samples: Sequence[Sample]) -> Effect | None:
     """Return the pooled effect, or None without any pair.
 
-    The mean weighs every pair alike. With G > 1 instances the variance is G/(G-1) times the sum over instances of
-    (total_i - pairs_i mean)^2, over the squared number of pairs (Liang and Zeger 1986, with the usual small-sample
-    factor). With one instance it is the sample variance of its pairs.
+    The mean weighs every pair alike, so an instance by the time for which it was measured. With the sample variance
+    s_i^2 of the n_i pairs of instance i, the variance of the mean is sum(n_i s_i^2) / N^2 (stratified sampling; Neyman,
+    "On the two different aspects of the representative method", J. Royal Statistical Society 97 (1934) 558-625). The
+    degrees of freedom are Welch's, in the form that is right on average for small groups (Natrella, "Experimental
+    Statistics", NBS Handbook 91 (1963), 3-3.1.2): (sum v_i)^2 / sum(v_i^2 / (n_i + 1)) - 2 with v_i = n_i s_i^2.
     """
-    used = [sample for sample in samples if sample.pairs > 0 and math.isfinite(sample.total)]
+    used = [
+        sample
+        for sample in samples
+        if sample.pairs > 0 and math.isfinite(sample.total) and math.isfinite(sample.squares)
+    ]
     pairs = sum(sample.pairs for sample in used)
     if pairs == 0:
         return None
     mean = sum(sample.total for sample in used) / pairs
-    groups = len(used)
-    if groups > 1:
-        spread = sum((sample.total - sample.pairs * mean) ** 2 for sample in used)
-        error, degrees = math.sqrt(groups / (groups - 1) * spread) / pairs, groups - 1
-    elif pairs > 1:
-        # Rounding of the reported sums can make a tiny variance negative.
-        variance = max(0.0, used[0].squares - used[0].total ** 2 / pairs) / (pairs - 1)
-        error, degrees = math.sqrt(variance / pairs), pairs - 1
-    else:
-        return Effect(mean, -math.inf, math.inf, pairs, groups)
-    margin = t_quantile_975(degrees) * error
-    return Effect(mean, mean - margin, mean + margin, pairs, groups)
+    if pairs == 1:
+        return Effect(mean, -math.inf, math.inf, pairs, len(used))
+    strata = _strata(used)
+    parts = [sample.pairs * sample.spread / (sample.pairs - 1) for sample in strata]
+    whole, degrees = sum(parts), float(pairs - len(strata))
+    if whole > 0:
+        # As shares of the whole: squares of tiny numbers would vanish.
+        shares = sum((part / whole) ** 2 / (sample.pairs + 1) for part, sample in zip(parts, strata, strict=True))
+        degrees = min(degrees, max(1.0, 1 / shares - 2))
+    margin = t_quantile_975(degrees) * math.sqrt(whole) / pairs
+    return Effect(mean, mean - margin, mean + margin, pairs, len(used))
 
 
 def _exp(value: float) -> float:

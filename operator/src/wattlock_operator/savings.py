@@ -9,11 +9,18 @@ from wattlock_api.energypolicy import Cost, Savings, Verification
 from wattlock_api.nodeenergy import Moments, PairStats
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Saved, Worth
-from wattlock_operator.pooling import Effect, Sample, change_percent, pool, saving_percent
+from wattlock_operator.pooling import Effect, Percent, Sample, change_percent, pool, saving_percent
 from wattlock_operator.reports import NodeInstance, PoolReport, number
-
-MIN_PAIRS = 6
-MAX_HALF_WIDTH_POINTS = 3.0
+from wattlock_operator.verdict import (
+    MIN_PAIRS,
+    VERIFIED,
+    Pooled,
+    always_percent,
+    judge,
+    percent_text,
+    sentence,
+    signed,
+)
 
 
 @dataclass(frozen=True)
@@ -47,63 +54,43 @@ def current_stats(report: PoolReport, item: NodeInstance) -> PairStats | None:
     return None if requested else max(stats, key=lambda entry: entry.pairs, default=None)
 
 
-def _sample(pairs: int, moments: Moments) -> Sample:
-    return Sample(pairs, number(moments.total), number(moments.squares))
+def _pooled(parts: Sequence[tuple[int, Moments]]) -> Pooled | None:
+    """Return what the pairs of all instances say about one quantity, each given as pairs and moments."""
+    samples = [Sample(pairs, number(moments.total), number(moments.squares)) for pairs, moments in parts]
+    effect = pool(samples)
+    if effect is None:
+        return None
+    return Pooled(effect, sum(sample.total for sample in samples), sum(sample.squares for sample in samples))
 
 
-def _signed(text: str) -> str:
-    """Write minus zero as zero."""
-    return text.removeprefix("-") if float(text) == 0 else text
+def _ends(percent: Percent) -> list[str]:
+    return [percent_text(percent.low), percent_text(percent.high)]
 
 
-def _percent(value: float) -> str:
-    return _signed(decimal_string(max(-1e9, min(1e9, value)), 1))
-
-
-def _verdict(
-    energy: Effect | None, locked: bool, report: PoolReport, spread: int
-) -> tuple[SavingsVerdict, Reason, str]:
+def _without_data(pairs: int, locked: bool, report: PoolReport, spread: int) -> tuple[SavingsVerdict, Reason, str]:
+    """Return why there are fewer than six pairs."""
     usable = [item for item in report.instances if not item.spread]
-    if energy is None or energy.pairs < MIN_PAIRS:
-        pairs = energy.pairs if energy else 0
-        if pairs == 0 and not usable and spread:
-            return (
-                SavingsVerdict.UNKNOWN,
-                Reason.TOO_FEW_PAIRS,
-                f"{spread} instance(s) run on several nodes; their energy for each token is not measured yet",
-            )
-        if pairs == 0 and not locked:
-            return SavingsVerdict.UNKNOWN, Reason.NOTHING_LOCKED, "no GPU of the pool is capped, so nothing is compared"
-        if pairs == 0 and (not usable or all(item.instance.tokens_per_second is None for item in usable)):
-            example = next((item.instance.message for item in usable if item.instance.message), "")
-            return (
-                SavingsVerdict.UNKNOWN,
-                Reason.NO_SERVING_METRICS,
-                "no pod of the pool serves metrics that count generated tokens, so energy for each token is unknown: "
-                "check the pool's metrics.port and metrics.path" + (f" ({example})" if example else ""),
-            )
+    if pairs == 0 and not usable and spread:
         return (
-            SavingsVerdict.INCONCLUSIVE,
+            SavingsVerdict.UNKNOWN,
             Reason.TOO_FEW_PAIRS,
-            f"{pairs} of at least {MIN_PAIRS} pairs of epochs are measured",
+            f"{spread} instance(s) run on several nodes; their energy for each token is not measured yet",
         )
-    saving = saving_percent(energy)
-    interval = f"{_percent(saving.value)}% (95% interval {_percent(saving.low)} to {_percent(saving.high)})"
-    if saving.half_width >= MAX_HALF_WIDTH_POINTS:
+    if pairs == 0 and not locked:
+        return SavingsVerdict.UNKNOWN, Reason.NOTHING_LOCKED, "no GPU of the pool is capped, so nothing is compared"
+    if pairs == 0 and (not usable or all(item.instance.tokens_per_second is None for item in usable)):
+        example = next((item.instance.message for item in usable if item.instance.message), "")
         return (
-            SavingsVerdict.INCONCLUSIVE,
-            Reason.INTERVAL_TOO_WIDE,
-            f"saving {interval}: the half-width must be under {MAX_HALF_WIDTH_POINTS:.0f} points; more pairs narrow it",
+            SavingsVerdict.UNKNOWN,
+            Reason.NO_SERVING_METRICS,
+            "no pod of the pool serves metrics that count generated tokens, so energy for each token is unknown: "
+            "check the pool's metrics.port and metrics.path" + (f" ({example})" if example else ""),
         )
-    if saving.low <= 0 <= saving.high:
-        return SavingsVerdict.INCONCLUSIVE, Reason.INTERVAL_INCLUDES_ZERO, f"saving {interval}: it may be none"
-    if saving.value < 0:
-        return (
-            SavingsVerdict.VERIFIED,
-            Reason.CAP_COSTS_ENERGY,
-            f"the cap costs energy: saving {interval} for each token, and savedKWh falls. Raise or remove the cap",
-        )
-    return SavingsVerdict.VERIFIED, Reason.INTERVAL_EXCLUDES_ZERO, f"saving {interval} for each token"
+    return (
+        SavingsVerdict.INCONCLUSIVE,
+        Reason.TOO_FEW_PAIRS,
+        f"{pairs} of at least {MIN_PAIRS} pairs of epochs are measured",
+    )
 
 
 def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> Finding:
@@ -120,33 +107,41 @@ def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> F
     usable = [item for item in report.instances if not item.spread]
     spread = len({item.instance.key for item in report.instances if item.spread})
     found = [entry for item in usable if (entry := current_stats(report, item)) is not None]
-    energy = pool([_sample(entry.pairs, entry.energy) for entry in found])
-    throughput = pool([_sample(entry.pairs, entry.throughput) for entry in found])
-    latency = pool([_sample(entry.latency_pairs, entry.latency) for entry in found])
+    energy = _pooled([(entry.pairs, entry.energy) for entry in found])
+    throughput = _pooled([(entry.pairs, entry.throughput) for entry in found])
+    latency = _pooled([(entry.latency_pairs, entry.latency) for entry in found])
     locked = mode is Mode.ENFORCE and any(entry.gpu.requested_mhz is not None for entry in report.gpus)
-    verdict, reason, message = _verdict(energy, locked, report, spread)
+    reason = judge(energy)
+    if energy is None or reason is Reason.TOO_FEW_PAIRS:
+        verdict, reason, message = _without_data(energy.effect.pairs if energy else 0, locked, report, spread)
+    else:
+        verdict = SavingsVerdict.VERIFIED if reason in VERIFIED else SavingsVerdict.INCONCLUSIVE
+        message = sentence(energy, reason, verification)
     if spread and usable:
         message += f". {spread} instance(s) on several nodes are left out"
     if mode is Mode.OBSERVE and reason is Reason.NOTHING_LOCKED:
         message = "mode is Observe: a saving is measured only while GPUs are capped, in mode Enforce"
-    known = energy is not None and energy.pairs >= MIN_PAIRS and energy.bounded
-    saving = saving_percent(energy) if energy is not None and known else None
+    saving = saving_percent(energy.effect) if energy and energy.effect.pairs >= MIN_PAIRS else None
+    always = always_percent(energy) if energy and saving else None
+    faster = change_percent(throughput.effect) if throughput and throughput.effect.pairs >= MIN_PAIRS else None
+    slower = change_percent(latency.effect) if latency and latency.effect.pairs >= MIN_PAIRS else None
     savings = Savings(
         method="Switchback",
         verdict=verdict,
         reason=reason.value,
         message=message,
-        energy_percent=_percent(saving.value) if saving else None,
-        ci95=[_percent(saving.low), _percent(saving.high)] if saving else None,
-        throughput_change_percent=_percent(change_percent(throughput).value) if throughput and known else None,
-        inter_token_latency_change_percent=_percent(change_percent(latency).value)
-        if latency and latency.pairs >= MIN_PAIRS
-        else None,
-        pairs=energy.pairs if energy else 0,
-        instances=energy.instances if energy else 0,
+        energy_percent=percent_text(saving.value) if saving else None,
+        ci95=_ends(saving) if saving else None,
+        ci95_every_look=_ends(always) if always else None,
+        throughput_change_percent=percent_text(faster.value) if faster else None,
+        throughput_change_ci95=_ends(faster) if faster else None,
+        inter_token_latency_change_percent=percent_text(slower.value) if slower else None,
+        inter_token_latency_change_ci95=_ends(slower) if slower else None,
+        pairs=energy.effect.pairs if energy else 0,
+        instances=energy.effect.instances if energy else 0,
         dropped_epochs=_dropped(usable),
     )
-    return Finding(savings, energy, frozenset(entry.cap_mhz for entry in found))
+    return Finding(savings, energy.effect if energy else None, frozenset(entry.cap_mhz for entry in found))
 
 
 def _dropped(items: Sequence[NodeInstance]) -> int:
@@ -175,6 +170,6 @@ def with_totals(savings: Savings, saved: Saved | None, cost: Cost) -> Savings:
     for name, factor in factors.items():
         if factor is None:
             continue
-        value, *ends = (_signed(decimal_string(joules / JOULES_PER_KWH * factor[0], factor[1])) for joules in amounts)
+        value, *ends = (signed(decimal_string(joules / JOULES_PER_KWH * factor[0], factor[1])) for joules in amounts)
         update |= {name: value, f"{name}_ci95": ends}
     return savings.model_copy(update=update)

@@ -26,6 +26,11 @@ def test_students_t_falls_towards_the_normal_quantile():
     assert quantiles[-1] > 1.959964
 
 
+def test_students_t_between_whole_degrees():
+    assert t_quantile_975(7.5) == pytest.approx(2.3326, abs=1e-3)  # by numerical integration
+    assert t_quantile_975(1e9) == pytest.approx(1.95996, abs=3e-3)
+
+
 def test_students_t_needs_a_degree_of_freedom():
     with pytest.raises(ValueError, match="at least one degree"):
         t_quantile_975(0)
@@ -44,14 +49,30 @@ def test_one_instance_is_a_t_interval_over_its_pairs():
     assert (effect.pairs, effect.instances) == (6, 1)
 
 
-def test_several_instances_differ_by_instance_not_by_pair():
-    """Instances that disagree widen the interval, however many pairs each has."""
-    agree = pool([sample([-0.2] * 100), sample([-0.2] * 100), sample([-0.2] * 100)])
-    differ = pool([sample([-0.1] * 100), sample([-0.2] * 100), sample([-0.3] * 100)])
+def test_instances_may_differ_in_their_effect():
+    """The interval is about the instances that were measured: that they differ is no error."""
+    agree = pool([sample([-0.2, -0.1] * 50), sample([-0.2, -0.1] * 50), sample([-0.2, -0.1] * 50)])
+    differ = pool([sample([-0.1, 0.0] * 50), sample([-0.2, -0.1] * 50), sample([-0.3, -0.2] * 50)])
     assert agree is not None
     assert differ is not None
-    assert agree.high - agree.low == pytest.approx(0, abs=1e-9)
-    assert (differ.high - differ.low) / 2 == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert differ.mean == pytest.approx(agree.mean)
+    assert differ.high - differ.low == pytest.approx(agree.high - agree.low)
+
+
+def test_a_pool_is_a_stratified_mean():
+    effect = pool([sample([-0.20, -0.22, -0.18, -0.24]), sample([-0.1, -0.3, 0.1])])
+    # n s^2 of the instances: 4 * 0.00066667 and 3 * 0.04; Welch: 0.12266667^2 / (0.00266667^2/5 + 0.12^2/4) - 2 = 2.179
+    assert effect is not None
+    assert effect.mean == pytest.approx(-1.14 / 7)
+    quantile = t_quantile_975(0.12266667**2 / (0.00266667**2 / 5 + 0.12**2 / 4) - 2)
+    assert effect.high - effect.mean == pytest.approx(quantile * math.sqrt(0.12266667) / 7, rel=1e-6)
+
+
+def test_instances_with_one_pair_share_a_variance():
+    apart, one = pool([sample([value]) for value in (-0.2, -0.22, -0.18)]), pool([sample([-0.2, -0.22, -0.18])])
+    assert (apart.mean, apart.low, apart.high) == pytest.approx((one.mean, one.low, one.high))
+    alone, joined = pool([sample([-0.2, -0.22, -0.18]), sample([-0.3])]), pool([sample([-0.2, -0.22, -0.18, -0.3])])
+    assert (alone.low, alone.high) == pytest.approx((joined.low, joined.high))
 
 
 @pytest.mark.parametrize(
@@ -86,13 +107,14 @@ def test_a_saving_has_the_sign_that_people_expect():
 
 @pytest.mark.parametrize("instances", [1, 4, 12])
 def test_the_interval_holds_the_truth_in_95_of_100_pools(instances):
-    chance, truth, hits, pools = random.Random(20261123 + instances), -0.2, 0, 1000
+    chance, hits, pools = random.Random(20261123 + instances), 0, 1000
     for _ in range(pools):
         samples = []
-        for _ in range(instances):
-            own = truth + chance.gauss(0, 0.02 if instances > 1 else 0)
-            samples.append(sample([own + chance.gauss(0, 0.05) for _ in range(10)]))
+        owns = [chance.gauss(-0.2, 0.05) for _ in range(instances)]
+        for index, own in enumerate(owns):
+            noise = 0.05 * (1 + 3 * (index == 1))
+            samples.append(sample([own + chance.gauss(0, noise) for _ in range(10)]))
         effect = pool(samples)
         assert effect is not None
-        hits += effect.low <= truth <= effect.high
+        hits += effect.low <= math.fsum(owns) / instances <= effect.high
     assert 0.93 <= hits / pools <= 0.97

@@ -51,6 +51,10 @@ SERVING = {"tokens_per_second": "100"}
             ("Inconclusive", "IntervalIncludesZero"),
         ),
         (report(instance(**SERVING, pair_stats=[pair_stats(40, 0.05, 0.02)])), ("Verified", "CapCostsEnergy")),
+        (
+            report(instance(**SERVING, pair_stats=[pair_stats(40, 0.02, 0.05)])),
+            ("Inconclusive", "NeedsMoreEvidence"),
+        ),
     ],
 )
 def test_verdicts(pool_report, expected):
@@ -66,9 +70,13 @@ def test_the_numbers_of_a_verified_saving():
         Verification(), Mode.ENFORCE, report(instance(**SERVING, pair_stats=[pair_stats(30, LOG_08, 0.02)]))
     )
     savings = finding.savings
-    assert (savings.energy_percent, savings.pairs, savings.instances) == ("20.0", 30, 1)
-    assert savings.ci95 == ["19.4", "20.6"]
-    assert (savings.throughput_change_percent, savings.inter_token_latency_change_percent) == ("1.0", "1.0")
+    assert (savings.energy_percent, savings.pairs, savings.instances) == ("20.00", 30, 1)
+    assert savings.ci95 == ["19.39", "20.61"]
+    assert (savings.throughput_change_percent, savings.throughput_change_ci95) == ("1.01", ["1.01", "1.01"])
+    assert savings.inter_token_latency_change_percent == "1.01"
+    assert savings.inter_token_latency_change_ci95 == ["1.01", "1.01"]
+    low, high = map(float, savings.ci95_every_look)
+    assert low < 19.39 < 20.61 < high
     assert finding.worth is not None
     assert finding.worth.effect.mean == pytest.approx(LOG_08)
     assert finding.worth.caps_mhz == {1590}
@@ -93,5 +101,5 @@ def test_a_cap_that_costs_energy_is_told_as_such():
     savings = find_saving(
         Verification(), Mode.ENFORCE, report(instance(**SERVING, pair_stats=[pair_stats(40, 0.05)]))
     ).savings
-    assert savings.energy_percent == "-5.1"
+    assert savings.energy_percent == "-5.13"
     assert "costs energy" in savings.message
