@@ -132,7 +132,7 @@ def opening(report: PoolReport, sums: Sums, worth: Worth | None, elsewhere: Mapp
     has no sum yet counts its energy from zero, all of it, and its saving from now on. ``elsewhere`` are counters that
     another pool of the policy has counted already.
     """
-    now = {_key(item): _counters(item) for item in report.instances}
+    now = {_key(item): _counters(item) for item in report.instances if item.instance.energy_joules is not None}
     if sums.energy_joules is None:
         fresh = {key: Counters(0.0, counters.arm_joules) for key, counters in now.items()}
         return Account(saved=sums.saved, last=fresh | {key: elsewhere[key] for key in now if key in elsewhere})
@@ -156,6 +156,8 @@ def advance(
     energy, saved = account.energy_joules, account.saved
     present: dict[CounterKey, Counters] = {}
     for item in report.instances:
+        if item.instance.energy_joules is None:
+            continue  # unknown is not zero: what was counted last is remembered
         key, now = _key(item), _counters(item)
         before = account.last.get(key) or (elsewhere or {}).get(key)
         if before is not None and now.energy_joules < before.energy_joules:

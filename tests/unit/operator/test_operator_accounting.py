@@ -73,6 +73,13 @@ def test_a_node_that_was_away_is_not_counted_twice():
     assert back.saved.joules == pytest.approx(90 * 0.25)
 
 
+def test_a_counter_that_is_unknown_for_a_while_is_not_counted_twice():
+    dark = report(instance("d0", energy_joules=None, arms=[ArmTotals(cap_mhz=1590, joules="80")]))
+    account = run(Account(), counted(100, 80), dark, counted(110, 90), effect=FIFTH)
+    assert account.energy_joules == 110
+    assert account.saved.joules == pytest.approx(90 * 0.25)
+
+
 def test_a_pool_that_was_never_measured_is_unknown_not_zero():
     account = run(Account(), report())
     assert (account.energy_joules, account.saved) == (None, None)
@@ -151,8 +158,9 @@ def test_what_was_lost_during_a_restart_is_never_counted_twice():
     assert account.saved == Saved(5, 5, 5)
 
 
-def test_a_pod_that_moves_to_another_pool_is_not_counted_again():
-    accounts = {KEY: run(Account(), counted(100, 80), effect=FIFTH)}
+@pytest.mark.parametrize("second", [{}, {("uid-qwen", "second"): Account(energy_joules=0.0)}])
+def test_a_pod_that_moves_to_another_pool_is_not_counted_again(second):
+    accounts = {KEY: run(Account(), counted(100, 80), effect=FIFTH)} | second
     moved = open_or_advance(accounts, ("uid-qwen", "second"), counted(130, 100), Sums(), FIFTH)
     assert moved.energy_joules == 30
     assert moved.saved.joules == pytest.approx(20 * 0.25)
