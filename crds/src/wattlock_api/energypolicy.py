@@ -269,6 +269,9 @@ class Savings(ApiModel):
     ci95_every_look: Annotated[list[DecimalString], Field(max_length=2)] | None = None
     """The wider interval that holds at all looks at once with 95 % probability, so also at the look at which one
     stops: [low, high]. Absent while there is too little data."""
+    evidence: PositiveDecimalString | None = None
+    """Evidence against "the cap does nothing", good at every look (an e-value): 20 is enough for Verified. At most
+    1000000000."""
     throughput_change_percent: DecimalString | None = None
     """Change of tokens per second under the cap, in percent."""
     throughput_change_ci95: Annotated[list[DecimalString], Field(max_length=2)] | None = None
@@ -288,7 +291,7 @@ class Savings(ApiModel):
     joule once, at the estimate in force then. Falls only while the cap is verified to cost energy (reason
     CapCostsEnergy)."""
     saved_kwh_ci95: Annotated[list[DecimalString], Field(max_length=2)] | None = None
-    """95 % confidence interval of savedKWh: [low, high]. Its ends are sums of the estimates' ends."""
+    """95 % confidence interval of savedKWh: [low, high]. Its ends are sums over the ends of ci95EveryLook."""
     saved_cost: DecimalString | None = None
     """savedKWh times the policy's present price, and PUE where the policy gives it."""
     saved_cost_ci95: Annotated[list[DecimalString], Field(max_length=2)] | None = None

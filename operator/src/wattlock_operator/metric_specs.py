@@ -147,6 +147,23 @@ SAVING_RATIO_LOW = MetricSpec(
 SAVING_RATIO_HIGH = MetricSpec(
     "wattlock_pool_saving_ratio_high", "gauge", "ratio, 0 to 1", "Upper end of the 95 % interval of the saving", POOL
 )
+SAVING_RATIO_EVERY_LOOK_LOW = MetricSpec(
+    "wattlock_pool_saving_ratio_every_look_low",
+    "gauge",
+    "ratio, 0 to 1",
+    "Lower end of the wider interval that holds at all looks at once with 95 % probability",
+    POOL,
+)
+SAVING_RATIO_EVERY_LOOK_HIGH = MetricSpec(
+    "wattlock_pool_saving_ratio_every_look_high", "gauge", "ratio, 0 to 1", "Upper end of that interval", POOL
+)
+EVIDENCE = MetricSpec(
+    "wattlock_pool_saving_evidence",
+    "gauge",
+    "",
+    'Evidence against "the cap does nothing", good at every look (an e-value, at most 1e9): 20 is enough for Verified',
+    POOL,
+)
 THROUGHPUT_CHANGE = MetricSpec(
     "wattlock_pool_throughput_change_ratio", "gauge", "ratio", "Change of tokens per second under the cap", POOL
 )

@@ -150,6 +150,11 @@ def _savings(page: _Page, savings: Savings, labels: tuple[str, ...]) -> None:
         savings.ci95,
         0.01,
     )
+    if savings.ci95_every_look is not None and len(savings.ci95_every_look) == 2:
+        low, high = savings.ci95_every_look
+        page.add(specs.SAVING_RATIO_EVERY_LOOK_LOW, low, *labels, times=0.01)
+        page.add(specs.SAVING_RATIO_EVERY_LOOK_HIGH, high, *labels, times=0.01)
+    page.add(specs.EVIDENCE, savings.evidence, *labels)
     page.add(specs.THROUGHPUT_CHANGE, savings.throughput_change_percent, *labels, times=0.01)
     page.add(specs.LATENCY_CHANGE, savings.inter_token_latency_change_percent, *labels, times=0.01)
     page.add(specs.PAIRS, savings.pairs, *labels)

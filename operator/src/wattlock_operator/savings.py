@@ -1,5 +1,6 @@
 """What the experiment of a pool says: a verdict, always with a reason, and numbers only where they were measured."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,14 @@ from wattlock_operator.verdict import (
     MIN_PAIRS,
     VERIFIED,
     Pooled,
-    always_percent,
+    at_every_look,
     judge,
     percent_text,
     sentence,
     signed,
 )
+
+MAX_EVIDENCE = 1e9
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,21 @@ class Finding:
 
     savings: Savings
     energy: Effect | None = None
+    always: Effect | None = None
+    """The same effect with the interval that holds at every look."""
     caps_mhz: frozenset[int] = frozenset()
     """The caps that the effects are about."""
 
     @property
     def worth(self) -> Worth | None:
-        """What energy used under the caps is worth, only while the effect is verified."""
-        if self.energy is None or self.savings.verdict is not SavingsVerdict.VERIFIED:
+        """What energy used under the caps is worth, only while the effect is verified.
+
+        The sum adds up looks, and begins at the first one that is verified: only an interval that holds at every look
+        is still one for the sum.
+        """
+        if self.always is None or self.savings.verdict is not SavingsVerdict.VERIFIED:
             return None
-        return Worth(self.energy, self.caps_mhz)
+        return Worth(self.always, self.caps_mhz)
 
 
 def current_stats(report: PoolReport, item: NodeInstance) -> PairStats | None:
@@ -122,7 +131,7 @@ def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> F
     if mode is Mode.OBSERVE and reason is Reason.NOTHING_LOCKED:
         message = "mode is Observe: a saving is measured only while GPUs are capped, in mode Enforce"
     saving = saving_percent(energy.effect) if energy and energy.effect.pairs >= MIN_PAIRS else None
-    always = always_percent(energy) if energy and saving else None
+    always = at_every_look(energy) if energy and saving else None
     faster = change_percent(throughput.effect) if throughput and throughput.effect.pairs >= MIN_PAIRS else None
     slower = change_percent(latency.effect) if latency and latency.effect.pairs >= MIN_PAIRS else None
     savings = Savings(
@@ -132,7 +141,8 @@ def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> F
         message=message,
         energy_percent=percent_text(saving.value) if saving else None,
         ci95=_ends(saving) if saving else None,
-        ci95_every_look=_ends(always) if always else None,
+        ci95_every_look=_ends(saving_percent(always)) if always else None,
+        evidence=decimal_string(min(MAX_EVIDENCE, math.exp(min(50.0, energy.log_evidence))), 2) if energy else None,
         throughput_change_percent=percent_text(faster.value) if faster else None,
         throughput_change_ci95=_ends(faster) if faster else None,
         inter_token_latency_change_percent=percent_text(slower.value) if slower else None,
@@ -141,7 +151,8 @@ def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> F
         instances=energy.effect.instances if energy else 0,
         dropped_epochs=_dropped(usable),
     )
-    return Finding(savings, energy.effect if energy else None, frozenset(entry.cap_mhz for entry in found))
+    caps_mhz = frozenset(entry.cap_mhz for entry in found)
+    return Finding(savings, energy.effect if energy else None, always, caps_mhz)
 
 
 def _dropped(items: Sequence[NodeInstance]) -> int:

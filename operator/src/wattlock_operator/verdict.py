@@ -9,7 +9,7 @@ from wattlock_api.energypolicy import Verification
 from wattlock_api.schedule import Experiment
 
 from wattlock_operator import sequential
-from wattlock_operator.pooling import Effect, Percent, saving_percent
+from wattlock_operator.pooling import Effect, saving_percent
 
 #: With fewer pairs there is nothing to publish: even six that agree to the last digit are barely evidence.
 MIN_PAIRS = 6
@@ -84,13 +84,13 @@ def forecast(pooled: Pooled, reason: Reason, verification: Verification) -> str:
     return text
 
 
-def always_percent(pooled: Pooled) -> Percent | None:
-    """Return the saving with the interval that holds at every look; ``None`` while it has no ends."""
+def at_every_look(pooled: Pooled) -> Effect | None:
+    """Return the effect with the interval that holds at every look; ``None`` while it has no ends."""
     effect = pooled.effect
     low, high = sequential.interval_at_every_look(effect.pairs, pooled.total, pooled.squares)
     if not (math.isfinite(low) and math.isfinite(high)):
         return None
-    return saving_percent(replace(effect, low=low, high=high))
+    return replace(effect, low=low, high=high)
 
 
 def signed(text: str) -> str:

@@ -80,6 +80,10 @@ def test_the_numbers_of_a_verified_saving():
     assert finding.worth is not None
     assert finding.worth.effect.mean == pytest.approx(LOG_08)
     assert finding.worth.caps_mhz == {1590}
+    # The sum is right only with an interval that is right whenever counting begins.
+    assert finding.always is not None
+    assert (finding.worth.effect.low, finding.worth.effect.high) == (finding.always.low, finding.always.high)
+    assert float(savings.evidence) > 20
 
 
 def test_only_the_pairs_of_the_cap_in_force_count():
