@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from wattlock_api.base import decimal_string
 from wattlock_api.constants import GpuState, Mode, Reason
 from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
 
@@ -36,6 +37,8 @@ HOLDERS_MAX_AGE_SECONDS = 30.0
 #: Before a lock is written the kubelet is asked anew, if its answer is older than this.
 HOLDERS_FRESH_SECONDS = 2.0
 _MAX_PARTED = 64
+#: Instances without orders are reported for so long: three reports, so that the operator sees their last joules.
+PARTED_SECONDS = 60.0
 #: At the start: how long records wait for orders and holders before their GPUs are reset.
 START_SECONDS = 30.0
 #: A tick on new orders uses readings that are at most so old.
@@ -81,6 +84,14 @@ class Outlook:
     """Generation whose orders are all in force or refused with a reason."""
 
 
+@dataclass(frozen=True)
+class Parted:
+    """An instance without orders, which may come back after its pod was replaced."""
+
+    status: InstanceStatus
+    since_seconds: float
+
+
 class Agent:
     """Everything that the agent knows."""
 
@@ -97,7 +108,12 @@ class Agent:
         self._holders_asked_seconds = float("-inf")
         self._holders_pending = False
         self._lock_waits = False
-        self._parted: dict[InstanceKey, InstanceStatus] = {}
+        self._parted: dict[InstanceKey, Parted] = {}
+        self._owners: dict[str, InstanceKey | None] = {}
+        """The instance whose energy a GPU's track counts, by GPU UUID."""
+        self._former: dict[str, GpuTrack] = {}
+        """The track of the last holder but one, by GPU UUID."""
+        self._resumed: set[str] = set()
         self._scan = Scan(0, None)
         self._scanned_at_seconds = float("-inf")
         self._silent: dict[str, int] = defaultdict(int)
@@ -121,7 +137,11 @@ class Agent:
             stale = bool(why_stale(self._freshness, clock.now_seconds))
             self._freshness = lease_read(self._freshness, clock.now_seconds, event.renewal, event.age_seconds)
             return stale
-        if isinstance(event, kube.ApiAnswered):
+        if isinstance(event, kube.PeersSeen):
+            self._freshness = api_answered(self._freshness, clock.now_seconds)
+            for instance_track in self.instances.values():
+                instance_track.take_peers(event.peers)
+        elif isinstance(event, kube.ApiAnswered):
             self._freshness = api_answered(self._freshness, clock.now_seconds)
         elif isinstance(event, kube.StatusWritten):
             if not event.problem or event.missing:
@@ -187,7 +207,7 @@ class Agent:
 
     def _previous_instance(self, key: InstanceKey) -> InstanceStatus | None:
         if key in self._parted:
-            return self._parted.pop(key)
+            return self._parted.pop(key).status
         return next((each for each in self._before.instances if each.key == key.text), None) if self._before else None
 
     def _new_orders(self, event: kube.OrdersSeen, clock: Clock) -> bool:
@@ -213,7 +233,7 @@ class Agent:
             by_instance[key_of(order)].append(order)
         for key in self.instances.keys() - by_instance.keys():
             # It may come back, after a pod was replaced: its statistics go on then.
-            self._parted[key] = self.instances.pop(key).status(clock.now_seconds, None)
+            self._parted[key] = Parted(self.instances.pop(key).status(clock.now_seconds, None), clock.now_seconds)
             while len(self._parted) > _MAX_PARTED:
                 del self._parted[next(iter(self._parted))]
         for key, group in by_instance.items():
@@ -290,18 +310,63 @@ class Agent:
                     if gpu.uuid in self.tracks:  # it comes back with a reset, if at all
                         self.tracks[gpu.uuid].interrupt()
 
+    @property
+    def parted(self) -> list[InstanceStatus]:
+        """Instances whose orders went away lately: their last joules are still to be told."""
+        now_seconds = self.outlook.clock.now_seconds if self.outlook else 0.0
+        return [
+            each.status
+            for each in self._parted.values()
+            if now_seconds - each.since_seconds <= PARTED_SECONDS and each.status.energy_joules is not None
+        ]
+
+    def _hand_over(self, uuid: str, order: Order | None) -> None:
+        """Count the GPU for another holder from this reading on: what it used up to it is the old one's."""
+        old = self.tracks.get(uuid)
+        reading = self._scan.readings[uuid]
+        if old is not None:
+            before_joules = old.meter.joules
+            old.add(reading, None, 1, None)
+            self._credit(uuid, old.meter.joules - before_joules)
+        holder_uid = order.pod_uid if order else ""
+        former = self._former.pop(uuid, None)
+        if old is not None and old.holder_uid:
+            self._former[uuid] = old
+        if former is not None and former.holder_uid == holder_uid:
+            former.interrupt()  # it was nobody's for a while (the kubelet was silent, say): a gap, and told as one
+            self.tracks[uuid] = former
+        else:
+            # What an earlier agent had counted goes on once, with the first holder that this one sees.
+            self.tracks[uuid] = GpuTrack(holder_uid, None if uuid in self._resumed else self.previous_gpu(uuid))
+        if holder_uid:
+            self._resumed.add(uuid)
+        self._owners[uuid] = key_of(order) if order else None
+
+    def _credit(self, uuid: str, joules: float) -> None:
+        key = self._owners.get(uuid)
+        if key is None or joules <= 0:
+            return
+        if key in self.instances:
+            self.instances[key].credit(joules)
+        elif key in self._parted:
+            parted = self._parted[key]
+            total = decimal_string(float(parted.status.energy_joules or 0) + joules, 1)
+            self._parted[key] = replace(parted, status=parted.status.model_copy(update={"energy_joules": total}))
+
     def _track(self, uuid: str, clock: Clock) -> None:
         """Add the reading to what is known of the GPU, and act on what it says about our lock."""
         decision = self.outlook.decisions.get(uuid) if self.outlook else None
         holder_uid = decision.order.pod_uid if decision and decision.order else ""
         if uuid not in self.tracks or self.tracks[uuid].holder_uid != holder_uid:
-            self.tracks[uuid] = GpuTrack(holder_uid, self.previous_gpu(uuid))
+            self._hand_over(uuid, decision.order if decision else None)
         view = self._view(uuid)
         age_seconds = self.actuator.lock_age_seconds(uuid, clock.now_seconds)
         cap_mhz = view.lock.cap_mhz if view.lock else None
         step = step_mhz(view.identity.supported_clocks_mhz, cap_mhz) if cap_mhz is not None else 1
         track = self.tracks[uuid]
+        before_joules = track.meter.joules
         finding, restarted = track.add(self._scan.readings[uuid], cap_mhz, step, age_seconds)
+        self._credit(uuid, track.meter.joules - before_joules)
         if restarted and cap_mhz is not None:
             _log.warning("gpu=%s counters went back: driver reload or GPU reset, locking again", uuid)
             self.actuator.lock_lost(uuid, clock.now_seconds)

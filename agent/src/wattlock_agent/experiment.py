@@ -4,18 +4,25 @@ An epoch is measured from the first scrape at least three seconds after its star
 tokens and joules are taken at exactly the times of these scrapes. For each pair of neighbouring epochs with different
 arms the log ratios log(cap) - log(control) of joules per token, tokens per second and inter-token latency are added
 up with their squares. The operator turns the sums of all instances into an estimate with its interval.
+
+An instance with GPUs on other nodes (``Span``) counts its tokens on one node only. The agents of the others tell the
+mean power of each closed epoch, the operator hands it on, and the epoch is paired when its whole energy is known:
+own joules plus the others' watts over the same time. All agents know the schedule, so they mean the same epoch.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from wattlock_api.base import decimal_string
-from wattlock_api.nodeenergy import ArmTotals, DroppedEpochs, InstanceStatus, Moments, PairStats
-from wattlock_api.schedule import Arm, Experiment, arm_of, epoch_at, epoch_start_seconds, pair_of
+from wattlock_api.nodeenergy import ArmTotals, DroppedEpochs, EpochPower, InstanceStatus, Moments, PairStats
+from wattlock_api.peerpower import PeerPower
+from wattlock_api.schedule import Arm, Experiment, Pair, arm_of, epoch_at, epoch_start_seconds, pair_of
 
 from wattlock_agent.clock import Clock
+from wattlock_agent.span import KEPT_EPOCHS, Peers, Span, Unknown
 
 #: What happens so soon after a switch is not measured: the clock, the power and the batch settle.
 SETTLE_SECONDS = 3.0
@@ -40,6 +47,7 @@ class Drop(StrEnum):
     NO_TOKENS = "no_tokens"
     SAMPLES = "samples"
     NOT_APPLIED = "not_applied"
+    PEERS = "peers"
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Sample:
     """Changes with every restart of the engine or of an energy counter, and with the set of GPUs."""
     hot_seconds: float
     """Time so far under limiters that spoil a comparison, summed over the GPUs."""
+    computed_prompt_tokens: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,31 @@ class _Sums:
     latency: tuple[float, float] = (0.0, 0.0)
 
 
-def judge_epoch(experiment: Experiment, epoch: int, samples: Sequence[Sample], as_asked: bool) -> EpochResult | Drop:
-    """Return what was measured in the epoch, or why it cannot be used."""
+class _Pairs:
+    """Results of epochs until the other one of their pair is there."""
+
+    def __init__(self) -> None:
+        self._results: dict[int, EpochResult] = {}
+
+    def clear(self) -> None:
+        self._results.clear()
+
+    def add(self, pair: Pair, epoch: int, result: EpochResult) -> tuple[EpochResult, EpochResult] | None:
+        """Add the result of an epoch, later than all before; returns (cap, control) when the pair is complete."""
+        self._results = {each: kept for each, kept in self._results.items() if epoch - each <= 2}
+        self._results[epoch] = result
+        if pair.cap in self._results and pair.control in self._results:
+            return self._results.pop(pair.cap), self._results.pop(pair.control)
+        return None
+
+
+def judge_epoch(
+    experiment: Experiment, epoch: int, samples: Sequence[Sample], as_asked: bool, needs_tokens: bool = True
+) -> EpochResult | Drop:
+    """Return what was measured in the epoch, or why it cannot be used.
+
+    ``needs_tokens`` is False where only the energy is measured: the tokens are counted on another node.
+    """
     start = epoch_start_seconds(experiment, epoch)
     inside = sorted(
         (each for each in samples if start + SETTLE_SECONDS <= each.unix_seconds < start + experiment.epoch_seconds),
@@ -104,7 +136,7 @@ def judge_epoch(experiment: Experiment, epoch: int, samples: Sequence[Sample], a
     if last.hot_seconds - first.hot_seconds > MAX_LIMITED_SHARE * seconds:
         return Drop.LIMITER
     tokens, joules = last.generated_tokens - first.generated_tokens, last.joules - first.joules
-    if tokens <= 0 or joules <= 0:
+    if joules <= 0 or (needs_tokens and tokens <= 0):
         return Drop.NO_TOKENS
     return EpochResult(seconds, joules, tokens, _mean_latency_seconds(first, last))
 
@@ -125,8 +157,12 @@ class Switchback:
         self._experiment: Experiment | None = None
         self._instance = ""
         self._cap_mhz = 0
+        self._peers = Peers(None)
         self._open: dict[int, _Open] = {}
-        self._results: dict[int, EpochResult] = {}
+        self._local = _Pairs()
+        self._whole = _Pairs()
+        self._waiting: dict[int, EpochResult] = {}
+        self._epochs: deque[EpochPower] = deque(maxlen=KEPT_EPOCHS)
         self._offset_seconds: float | None = None
         self._dropped = dict.fromkeys(Drop, 0)
         self._arms: dict[int, tuple[float, float, float]] = {}
@@ -134,18 +170,26 @@ class Switchback:
         if before is not None:
             self._restore(before)
 
-    def configure(self, experiment: Experiment | None, instance: str, cap_mhz: int | None) -> None:
-        """Follow this schedule with this cap from now on; ``None``: there is no experiment.
+    def configure(
+        self, experiment: Experiment | None, instance: str, cap_mhz: int | None, span: Span | None = None
+    ) -> None:
+        """Follow this schedule with this cap from now on; ``experiment`` or ``cap_mhz`` None: there is no experiment.
 
         A change spoils the epochs that are open, without counting them as dropped.
         """
         if cap_mhz is None:
             experiment = None
-        if (experiment, instance, cap_mhz or 0) == (self._experiment, self._instance, self._cap_mhz):
+        wanted = (experiment, instance, cap_mhz or 0, span)
+        if wanted == (self._experiment, self._instance, self._cap_mhz, self._peers.span):
             return
         self._experiment, self._instance, self._cap_mhz = experiment, instance, cap_mhz or 0
-        self._open.clear()
-        self._results.clear()
+        self._peers = Peers(span)
+        for each in (self._open, self._local, self._whole, self._waiting, self._epochs):
+            each.clear()
+
+    def take_peers(self, power: PeerPower) -> None:
+        """Take in what the other nodes of the instance measured."""
+        self._peers.take(power)
 
     def next_scrape_unix_seconds(self, after_unix_seconds: float) -> float | None:
         """Return the first time after the given one at which the schedule needs a scrape."""
@@ -217,6 +261,10 @@ class Switchback:
         """Return how many epochs were not used, by cause."""
         return DroppedEpochs(**{drop.value: count for drop, count in self._dropped.items()})
 
+    def epochs(self) -> list[EpochPower]:
+        """Return the power of the last closed epochs; empty where the instance's tokens are counted here."""
+        return list(self._epochs)
+
     def _close(self, unix_seconds: float) -> list[float]:
         ratios: list[float] = []
         experiment = self._experiment
@@ -227,22 +275,52 @@ class Switchback:
             if unix_seconds < end + _CLOSE_SECONDS:
                 continue
             closing = self._open.pop(epoch)
-            result = judge_epoch(experiment, epoch, closing.samples, closing.as_asked)
-            if isinstance(result, Drop):
+            counts = self._peers.serves
+            result = judge_epoch(experiment, epoch, closing.samples, closing.as_asked, needs_tokens=counts)
+            if not counts:
+                watts = None if isinstance(result, Drop) else decimal_string(result.joules / result.seconds, 3)
+                self._epochs.append(EpochPower(epoch=epoch, watts=watts))
+            elif isinstance(result, Drop):
                 self._dropped[result] += 1
-                continue
-            cap_mhz = 0 if arm_of(experiment, self._instance, epoch) is Arm.CONTROL else self._cap_mhz
-            seconds, joules, tokens = self._arms.pop(cap_mhz, (0.0, 0.0, 0.0))
-            self._arms[cap_mhz] = (seconds + result.seconds, joules + result.joules, tokens + result.generated_tokens)
-            self._results[epoch] = result
-            pair = pair_of(experiment, self._instance, epoch)
-            if pair.cap in self._results and pair.control in self._results:
-                ratios.append(self._add_pair(self._results.pop(pair.cap), self._results.pop(pair.control)))
-            self._results = {each: kept for each, kept in self._results.items() if epoch - each <= 2}
+            else:
+                self._waiting[epoch] = result
+                # The guardrail needs no energy, and must not wait for that of other nodes.
+                pair = self._local.add(pair_of(experiment, self._instance, epoch), epoch, result)
+                if pair is not None:
+                    ratios.append(_log_throughput(*pair))
+        for epoch in sorted(self._waiting):
+            whole = self._with_peers(experiment, epoch, self._waiting[epoch], unix_seconds)
+            if whole is None:
+                break  # in order, as the pairs need it
+            del self._waiting[epoch]
+            if isinstance(whole, Drop):
+                self._dropped[whole] += 1
+            else:
+                self._add_epoch(experiment, epoch, whole)
         self._bound()
         return ratios
 
-    def _add_pair(self, cap: EpochResult, control: EpochResult) -> float:
+    def _with_peers(
+        self, experiment: Experiment, epoch: int, result: EpochResult, unix_seconds: float
+    ) -> EpochResult | Drop | None:
+        """Return the epoch with the energy of all nodes, or None while that may still come."""
+        end = epoch_start_seconds(experiment, epoch) + experiment.epoch_seconds
+        watts = self._peers.watts(epoch, unix_seconds - end)
+        if watts is None:
+            return None
+        return (
+            Drop.PEERS if watts is Unknown.UNKNOWN else replace(result, joules=result.joules + watts * result.seconds)
+        )
+
+    def _add_epoch(self, experiment: Experiment, epoch: int, result: EpochResult) -> None:
+        cap_mhz = 0 if arm_of(experiment, self._instance, epoch) is Arm.CONTROL else self._cap_mhz
+        seconds, joules, tokens = self._arms.pop(cap_mhz, (0.0, 0.0, 0.0))
+        self._arms[cap_mhz] = (seconds + result.seconds, joules + result.joules, tokens + result.generated_tokens)
+        pair = self._whole.add(pair_of(experiment, self._instance, epoch), epoch, result)
+        if pair is not None:
+            self._add_pair(*pair)
+
+    def _add_pair(self, cap: EpochResult, control: EpochResult) -> None:
         sums = self._sums.pop(self._cap_mhz, None) or _Sums()
         self._sums[self._cap_mhz] = sums  # at the end: the newest is forgotten last
         sums.pairs += 1
@@ -250,14 +328,12 @@ class Switchback:
             sums.energy,
             math.log(cap.joules / cap.generated_tokens) - math.log(control.joules / control.generated_tokens),
         )
-        throughput = math.log(cap.generated_tokens / cap.seconds) - math.log(control.generated_tokens / control.seconds)
-        sums.throughput = _plus(sums.throughput, throughput)
+        sums.throughput = _plus(sums.throughput, _log_throughput(cap, control))
         if cap.mean_latency_seconds is not None and control.mean_latency_seconds is not None:
             sums.latency_pairs += 1
             sums.latency = _plus(
                 sums.latency, math.log(cap.mean_latency_seconds) - math.log(control.mean_latency_seconds)
             )
-        return throughput
 
     def _bound(self) -> None:
         while len(self._sums) > _MAX_CAPS:
@@ -278,6 +354,10 @@ class Switchback:
                 stats.latency_pairs,
                 (float(stats.latency.total), float(stats.latency.squares)),
             )
+
+
+def _log_throughput(cap: EpochResult, control: EpochResult) -> float:
+    return math.log(cap.generated_tokens / cap.seconds) - math.log(control.generated_tokens / control.seconds)
 
 
 def _plus(sums: tuple[float, float], value: float) -> tuple[float, float]:

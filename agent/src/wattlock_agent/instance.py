@@ -3,19 +3,21 @@
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from wattlock_api.base import decimal_string
 from wattlock_api.constants import GpuState, Mode, Reason, Role
 from wattlock_api.nodeenergy import InstanceStatus, Order
+from wattlock_api.peerpower import PeerPowers
 
 from wattlock_agent import evidence, guardrail
 from wattlock_agent.clock import Clock
 from wattlock_agent.experiment import SCRAPE_SECONDS, Sample, Switchback
 from wattlock_agent.orders import InstanceKey
 from wattlock_agent.plan import Decision, Refusal
-from wattlock_agent.serving.base import ScrapeFailure, ServingCounters, difference, is_restart
-from wattlock_agent.track import WINDOW_SECONDS, GpuTrack
+from wattlock_agent.rates import Scrape, token_energy, work_rates
+from wattlock_agent.serving.base import ScrapeFailure, ServingCounters, difference, is_restart, no_tokens
+from wattlock_agent.span import Span
+from wattlock_agent.track import GpuTrack
 
 _log = logging.getLogger(__name__)
 
@@ -26,15 +28,6 @@ _PENDING_SECONDS = 5.0
 #: How long a restart of the engine is shown.
 RESTART_SHOWN_SECONDS = 60.0
 _NEVER_SECONDS = float("-inf")
-
-
-@dataclass(frozen=True)
-class _Scrape:
-    counters: ServingCounters
-    unix_seconds: float
-    life: int
-    sharp: bool
-    """Whether the page came quickly enough to know its time."""
 
 
 class InstanceTrack:
@@ -49,14 +42,17 @@ class InstanceTrack:
         self._in_flight = False
         self._confirm = False
         self._life = 0
-        self._scrapes: deque[_Scrape] = deque(maxlen=32)
-        self._pending: deque[_Scrape] = deque(maxlen=32)
+        self._scrapes: deque[Scrape] = deque(maxlen=32)
+        self._pending: deque[Scrape] = deque(maxlen=32)
         self._samples: deque[Sample] = deque(maxlen=32)
         self._failure: ScrapeFailure | None = None
         self._locked_since_seconds: float | None = None
         self._joules = float(before.energy_joules or 0) if before else 0.0
         self._energy_measured = True
-        self._counted: dict[tuple[str, str], float] = {}
+        self._complete = False
+        """Whether the GPUs of all its pods on this node are known."""
+        self._marked = clock
+        """When power was last looked at, where there is no page to read."""
         self._evidence = evidence.PromptEvidence()
         self._guardrail = guardrail.GuardrailState(trips=before.guardrail_trips if before else 0)
         self._restore_trip = before.guardrail_message if before and before.guardrail_tripped else ""
@@ -96,6 +92,23 @@ class InstanceTrack:
         self._restore_trip = ""
         if not self._enforced or order.experiment is None:
             self.switchback.configure(None, order.instance, None)
+
+    def take_peers(self, powers: PeerPowers) -> None:
+        """Take in what the operator hands on from the instance's other nodes."""
+        for power in powers.instances:
+            if (power.policy_uid, power.instance) == (self.key.policy_uid, self.key.instance):
+                self.switchback.take_peers(power)
+
+    def credit(self, joules: float) -> None:
+        """Add the energy of one of its GPUs since the reading before."""
+        self._joules += joules
+
+    @property
+    def _span(self) -> Span | None:
+        span = self._order.span
+        if span is None:
+            return None
+        return Span(frozenset(span.nodes), span.missing_pods, serves=self._url is not None)
 
     def scrape_wanted(self, clock: Clock) -> str | None:
         """Return the page to be read now, if one is due; the caller then reads it and calls ``scraped``."""
@@ -141,7 +154,7 @@ class InstanceTrack:
             self._restarted_seconds = clock.now_seconds
             self._evidence = evidence.restarted(self._evidence)
             before = None
-        scrape = _Scrape(result, result.at_seconds + clock.offset_seconds, self._life, took_seconds <= MAX_TOOK_SECONDS)
+        scrape = Scrape(result, result.at_seconds + clock.offset_seconds, self._life, took_seconds <= MAX_TOOK_SECONDS)
         self._scrapes.append(scrape)
         self._pending.append(scrape)
         held = self.hold(clock.now_seconds)
@@ -150,7 +163,10 @@ class InstanceTrack:
 
     def ticked(self, clock: Clock, decisions: Sequence[Decision], tracks: Mapping[str, GpuTrack]) -> None:
         """Note how the instance's GPUs stand at the end of a pass."""
-        self._count_energy(tracks)
+        # The energy of some of its GPUs would look like that of all.
+        self._energy_measured = all(track.meter.measured for track in tracks.values())
+        held = {decision.order.pod_uid for decision in decisions if decision.order is not None}
+        self._complete = held >= {order.pod_uid for order in self._orders}
         settled = bool(decisions) and all(decision.settled for decision in decisions)
         locked = settled and all(decision.reason == Reason.LOCKED for decision in decisions)
         control = settled and all(decision.reason == Reason.CONTROL_EPOCH for decision in decisions)
@@ -161,9 +177,12 @@ class InstanceTrack:
         requested = [decision.requested_mhz for decision in decisions if decision.requested_mhz is not None]
         if self._enforced and self._order.experiment is not None and requested:
             # The clock that is really asked of the GPUs, so that statistics and requestedMHz go together.
-            self.switchback.configure(self._order.experiment.experiment(), self._order.instance, min(requested))
+            self.switchback.configure(
+                self._order.experiment.experiment(), self._order.instance, min(requested), self._span
+            )
+        self._mark(clock)
         self._resolve(clock, tracks)
-        for ratio in self.switchback.note(clock, locked or control):
+        for ratio in self.switchback.note(clock, self._complete and (locked or control)):
             if self._order.guardrail is not None:
                 before = self._guardrail.trips
                 self._guardrail = guardrail.throughput_pair(
@@ -191,7 +210,7 @@ class InstanceTrack:
         reason, message = "", ""
         if without_gpu is not None:
             reason, message = without_gpu.reason, without_gpu.message
-        elif self._url is None:
+        elif self._url is None and order.span is None:
             reason, message = Reason.NO_SERVING_METRICS, "no metrics address is known for its pods on this node"
         elif self._failure is not None:
             reason, message = self._failure.reason, self._failure.message
@@ -215,9 +234,10 @@ class InstanceTrack:
             arms=self.switchback.arms(),
             pair_stats=self.switchback.pair_stats(),
             dropped=self.switchback.dropped(),
+            epochs=self.switchback.epochs(),
         ).model_copy(update=self._rates(now_seconds))
 
-    def _judge(self, before: _Scrape | None, result: ServingCounters, clock: Clock) -> None:
+    def _judge(self, before: Scrape | None, result: ServingCounters, clock: Clock) -> None:
         if result.computed_prompt_tokens is not None and result.generated_tokens is not None:
             work = evidence.Work(result.at_seconds, result.computed_prompt_tokens, result.generated_tokens)
             self._evidence = evidence.add_work(self._evidence, work)
@@ -247,15 +267,20 @@ class InstanceTrack:
         self._failure = None
         self._evidence = evidence.restarted(self._evidence)
 
-    def _count_energy(self, tracks: Mapping[str, GpuTrack]) -> None:
-        counted: dict[tuple[str, str], float] = {}
-        for uuid, track in tracks.items():
-            key = (uuid, track.holder_uid)
-            counted[key] = track.meter.joules
-            self._joules += max(0.0, track.meter.joules - self._counted.get(key, track.meter.joules))
-        self._counted = counted
-        # The energy of some of its GPUs would look like that of all.
-        self._energy_measured = all(track.meter.measured for track in tracks.values())
+    def _mark(self, clock: Clock) -> None:
+        """Note the times at which the power of an epoch is wanted, where no scrape does: the tokens are elsewhere."""
+        if self._span is None or self._url is not None:
+            return
+        if abs(clock.unix_seconds - self._marked.unix_seconds) > 2 * SCRAPE_SECONDS:
+            self._marked = clock  # a pause or a step of the clock: what was between is not made up
+        while True:
+            due_unix = self._marked.unix_seconds + SCRAPE_SECONDS
+            asked_unix = self.switchback.next_scrape_unix_seconds(self._marked.unix_seconds)
+            due_unix = due_unix if asked_unix is None else min(due_unix, asked_unix)
+            if due_unix > clock.unix_seconds:
+                return
+            self._marked = Clock(due_unix - clock.offset_seconds, due_unix)
+            self._pending.append(Scrape(no_tokens(self._marked.now_seconds), due_unix, self._life, sharp=True))
 
     def _resolve(self, clock: Clock, tracks: Mapping[str, GpuTrack]) -> None:
         """Join waiting scrapes with the energy at their time, once readings from before and after it are there."""
@@ -285,6 +310,7 @@ class InstanceTrack:
                     ),
                 ),
                 hot_seconds=sum(track.hot_seconds for track in tracks.values()),
+                computed_prompt_tokens=scrape.counters.computed_prompt_tokens,
             )
             self._samples.append(sample)
             if scrape.sharp:
@@ -292,30 +318,7 @@ class InstanceTrack:
 
     def _rates(self, now_seconds: float) -> dict[str, object]:
         """Return the measurements over the last report interval."""
-        recent = [each for each in self._scrapes if each.life == self._life]
-        if not recent or now_seconds - recent[-1].counters.at_seconds > 2 * WINDOW_SECONDS:
-            return {}
-        newest = recent[-1].counters
-        window = [
-            each.counters for each in recent if newest.at_seconds - each.counters.at_seconds <= WINDOW_SECONDS + 1
-        ]
-        rates: dict[str, object] = {}
-        if newest.waiting_requests is not None:
-            rates["waiting_requests"] = int(newest.waiting_requests)
-        done = difference(window[0], newest)
-        if done.seconds <= 0:
-            return rates
-        if done.generated_tokens is not None:
-            rates["tokens_per_second"] = decimal_string(done.generated_tokens / done.seconds, 1)
-        if done.computed_prompt_tokens is not None:
-            rates["prompt_tokens_per_second"] = decimal_string(done.computed_prompt_tokens / done.seconds, 1)
-        if done.inter_token_latency_sum_seconds is not None and done.inter_token_latency_count:
-            mean_seconds = done.inter_token_latency_sum_seconds / done.inter_token_latency_count
-            rates["inter_token_latency_ms"] = decimal_string(1000 * mean_seconds, 3)
-        samples = [each for each in self._samples if each.lives == self._samples[-1].lives]
-        samples = [each for each in samples if samples[-1].unix_seconds - each.unix_seconds <= WINDOW_SECONDS + 1]
-        if len(samples) > 1 and samples[-1].generated_tokens > samples[0].generated_tokens:
-            joules = samples[-1].joules - samples[0].joules
-            tokens = samples[-1].generated_tokens - samples[0].generated_tokens
-            rates["joules_per_generated_token"] = decimal_string(joules / tokens, 6)
+        rates = work_rates(self._scrapes, self._life, now_seconds)
+        if "tokens_per_second" in rates and self._samples and self._complete:
+            rates |= token_energy(self._samples, self._order.role, self._order.span is not None)
         return rates

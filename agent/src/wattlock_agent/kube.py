@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from wattlock_api.base import parse_timestamp
 from wattlock_api.constants import AGENT_FIELD_MANAGER, GROUP, LEASE_NAME, VERSION
 from wattlock_api.nodeenergy import NodeEnergyStatus
+from wattlock_api.peerpower import PeerPowers
 
 from wattlock_agent.api_client import WATCH_SECONDS, ApiClient, ApiError, Json
-from wattlock_agent.orders import NO_ORDERS, Orders, parse_orders
+from wattlock_agent.orders import NO_ORDERS, Orders, parse_orders, parse_peers
 from wattlock_agent.staleness import TRUSTED_AGE_SECONDS
 
 _log = logging.getLogger(__name__)
@@ -38,6 +39,13 @@ class OrdersSeen:
     orders: Orders
     status: Json | None = None
     """With the first answer: the status that an earlier agent left."""
+
+
+@dataclass(frozen=True)
+class PeersSeen:
+    """Power of instances on their other nodes, as it is now."""
+
+    peers: PeerPowers
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class StatusWritten:
     """The NodeEnergy does not exist (yet)."""
 
 
-Event = OrdersSeen | ApiAnswered | LeaseSeen | StatusWritten
+Event = OrdersSeen | PeersSeen | ApiAnswered | LeaseSeen | StatusWritten
 Post = Callable[[Event], None]
 
 
@@ -76,6 +84,7 @@ class OrderWatch:
         self._node_name = node_name
         self._post = post
         self._seen: tuple[str, int] | None = None
+        self._peers = PeerPowers()
         self._first = True
         self._closed = threading.Event()
 
@@ -137,8 +146,10 @@ class OrderWatch:
             return
         metadata = resource.get("metadata", {})
         seen = (str(metadata.get("uid")), int(metadata.get("generation", 0)))
+        peers = parse_peers(metadata.get("annotations"))
         if seen == self._seen:  # our own status, mostly
             self._post(ApiAnswered())
+            self._notice_peers(peers)
             return
         self._seen = seen
         orders = parse_orders(seen[1], resource.get("spec") or {})
@@ -146,6 +157,12 @@ class OrderWatch:
             _log.warning("orders: %s", problem)
         self._post(OrdersSeen(orders, resource.get("status") if self._first else None))
         self._first = False
+        self._notice_peers(peers)
+
+    def _notice_peers(self, peers: PeerPowers) -> None:
+        if peers != self._peers:
+            self._peers = peers
+            self._post(PeersSeen(peers))
 
 
 class StatusLink:

@@ -236,7 +236,13 @@ class Loop:
         agent = self._agent
         assert agent.outlook is not None  # noqa: S101 - a pass has been made
         return build_status(
-            agent.outlook, agent.tracks, agent.instances, self._version, self._settings.pod_name, agent.stopping
+            agent.outlook,
+            agent.tracks,
+            agent.instances,
+            self._version,
+            self._settings.pod_name,
+            agent.stopping,
+            agent.parted,
         )
 
     def _snapshot(self, status: NodeEnergyStatus) -> Snapshot:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
+from wattlock_api.constants import PEER_POWER_ANNOTATION
 from wattlock_api.nodeenergy import Order
+from wattlock_api.peerpower import MAX_PEER_POWER_BYTES, PeerPowers
 
 from wattlock_agent.holders.base import PodName
 
@@ -46,6 +48,20 @@ def key_of(order: Order) -> InstanceKey:
 def pod_of(order: Order) -> PodName:
     """Return the pod that the order is about, as the kubelet names it."""
     return PodName(order.pod.namespace, order.pod.name)
+
+
+def parse_peers(annotations: Any) -> PeerPowers:
+    """Return the power of instances on their other nodes, from the annotations of a NodeEnergy; nothing if unreadable.
+
+    What is missing then is missed: the epochs are dropped and counted as such.
+    """
+    text = annotations.get(PEER_POWER_ANNOTATION) if isinstance(annotations, dict) else None
+    if not isinstance(text, str) or len(text) > MAX_PEER_POWER_BYTES:
+        return PeerPowers()
+    try:
+        return PeerPowers.model_validate_json(text)
+    except ValidationError:
+        return PeerPowers()
 
 
 def parse_orders(generation: int, spec: Any) -> Orders:

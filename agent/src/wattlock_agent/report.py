@@ -1,6 +1,6 @@
 """Builds the status of the node's NodeEnergy and decides when it is worth writing. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -34,8 +34,9 @@ def build_status(
     version: str,
     pod_name: str,
     stopping: bool,
+    parted: Sequence[InstanceStatus] = (),
 ) -> NodeEnergyStatus:
-    """Return the status as it is now."""
+    """Return the status as it is now. ``parted``: instances without orders whose last joules are to be told."""
     gpus = [_gpu(outlook, identity.uuid, tracks.get(identity.uuid)) for identity in outlook.scan.gpus[:MAX_GPUS]]
     return NodeEnergyStatus(
         observed_generation=outlook.settled_generation,
@@ -43,7 +44,7 @@ def build_status(
         phase="Stopping" if stopping else "Running",
         agent=_agent(outlook, version, pod_name),
         gpus=gpus,
-        instances=_instances(outlook, instances)[:MAX_INSTANCES],
+        instances=[*_instances(outlook, instances), *parted][:MAX_INSTANCES],
         locked=sum(gpu.state is GpuState.LOCKED for gpu in gpus),
     )
 

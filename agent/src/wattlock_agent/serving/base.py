@@ -35,6 +35,11 @@ class ServingCounters:
     """The parts of generated_tokens by series, sorted: one restarted engine of several may hide in the sum."""
 
 
+def no_tokens(at_seconds: float) -> ServingCounters:
+    """Return what stands for a page where none is read, because the instance has its metrics on another node."""
+    return ServingCounters(at_seconds, 0.0, None, None, None, None, None, None, None, None)
+
+
 @dataclass(frozen=True)
 class ScrapeFailure:
     """A page that could not be used."""
