@@ -7,12 +7,12 @@ counters are made from the bits: a row's bits hold until the next row.
 import gzip
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from wattlock_agent.gpu.base import DriverInfo, GpuError, GpuFault, GpuIdentity, GpuReading, LimiterNanoseconds
+from wattlock_agent.gpu.base import DriverInfo, GpuIdentity, GpuReading, LimiterNanoseconds
 
 DATA = Path(__file__).parents[1] / "data"
 UUID = "GPU-replayed"
@@ -70,7 +70,7 @@ def load(product: str) -> tuple[Row, ...]:
     return counted(Row(**dict(zip(content["columns"], row, strict=True))) for row in content["rows"])
 
 
-def counted(rows: Sequence[Row]) -> tuple[Row, ...]:
+def counted(rows: Iterable[Row]) -> tuple[Row, ...]:
     """The rows with the power cap's counter, which begins at 0."""
     rows = tuple(rows)
     capped_ns = 0
@@ -87,20 +87,22 @@ def phases(rows: Sequence[Row]) -> list[Phase]:
     return [phase for phase in found if phase.mark != "gap" and phase.seconds > 2]
 
 
-def repeated(phase: Phase, seconds: float) -> tuple[Row, ...]:
-    """The phase over and over for at least so long: the counter goes on where it was."""
-    rows: list[Row] = []
-    # The next round begins where a row after the last would be; the counter stands still in between, so that nothing
-    # is made up, and the energy of a round is exactly the counter's difference.
-    step_seconds = phase.seconds / (len(phase.rows) - 1)
-    round_seconds, round_mj = phase.seconds + step_seconds, phase.rows[-1].energy_mj - phase.rows[0].energy_mj
-    number = 0
-    while not rows or rows[-1].t - rows[0].t < seconds:
-        rows += [
-            replace(row, t=row.t + number * round_seconds, energy_mj=row.energy_mj + number * round_mj)
-            for row in phase.rows
-        ]
-        number += 1
+def step_seconds(phase: Phase) -> float:
+    """Mean distance of the phase's rows."""
+    return phase.seconds / (len(phase.rows) - 1)
+
+
+def prolonged(phase: Phase, seconds: float) -> tuple[Row, ...]:
+    """The phase as it was, and then its steady part over and over, for at least so long.
+
+    A round begins where a row after the last would be. The counter stands still in between: the energy of a round is
+    the recorded difference and nothing is made up.
+    """
+    rows, steady = list(phase.rows), phase.steady.rows
+    while rows[-1].t - rows[0].t < seconds:
+        later = rows[-1].t + step_seconds(phase) - steady[0].t
+        more_mj = rows[-1].energy_mj - steady[0].energy_mj
+        rows += [replace(row, t=row.t + later, energy_mj=row.energy_mj + more_mj) for row in steady]
     return counted(rows)
 
 
@@ -108,7 +110,7 @@ class ReplayDriver:
     """A ``GpuDriver`` that reads from a recording. ``now_seconds`` is set by ``advance``, as in virtual time."""
 
     def __init__(self, rows: Sequence[Row], begin_seconds: float) -> None:
-        """The recording's first row is read at ``begin_seconds`` of the agent's time."""
+        """The recording begins at ``begin_seconds`` of the agent's time; until then its first row stands, idle."""
         self.rows = tuple(rows)
         self._times = [row.t for row in self.rows]
         self._begin_seconds = begin_seconds - self.rows[0].t
@@ -118,13 +120,14 @@ class ReplayDriver:
     def advance(self, now_seconds: float) -> None:
         self.now_seconds = now_seconds
 
+    def at(self, t: float) -> float:
+        """The agent's time at which a row of the recording was taken."""
+        return self._begin_seconds + t
+
     @property
     def row(self) -> Row:
         """The newest row that is not later than now."""
-        index = bisect_right(self._times, self.now_seconds - self._begin_seconds + 1e-9) - 1
-        if index < 0:
-            raise GpuError(GpuFault.TRANSIENT, "read", UUID, "the recording has not begun")
-        return self.rows[index]
+        return self.rows[max(0, bisect_right(self._times, self.now_seconds - self._begin_seconds + 1e-9) - 1)]
 
     def open(self) -> DriverInfo:
         return DriverInfo("580.159.04", "13.580")
@@ -136,17 +139,17 @@ class ReplayDriver:
         return (GpuIdentity(UUID, 0, 0, "replayed", SUPPORTED_MHZ, mig_enabled=False, virtual=False),)
 
     def read(self, uuid: str) -> GpuReading:
-        row = self.row
+        row, begun = self.row, self.now_seconds > self.at(self.rows[0].t)
         return GpuReading(
             uuid=uuid,
-            at_seconds=self._begin_seconds + row.t,
+            at_seconds=self.at(row.t) if begun else self.now_seconds,
             energy_mj=row.energy_mj,
             power_instant_mw=row.power_instant_mw,
             power_limit_mw=POWER_LIMIT_MW,
             sm_mhz=row.sm_mhz,
             memory_mhz=row.mem_mhz,
             temperature_c=row.temp_c,
-            utilization_percent=row.gpu_util,
+            utilization_percent=row.gpu_util if begun else 0,
             event_reasons=row.clock_event_reasons,
             limiters=LimiterNanoseconds(row.capped_ns, 0, 0, 0, 0),
         )

@@ -20,8 +20,8 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
-#: Between readings that lie further apart nothing is interpolated.
-MAX_GAP_SECONDS = 3.0
+#: Two readings in a row may be missed. Between those that lie further apart nothing is interpolated.
+MAX_GAP_SECONDS = 3.5
 #: Mean power over less than this is not told: the counter moves every 0.1 s, so that each end of a window is off by up
 #: to 0.1 s of power, here 2 %.
 MIN_POWER_SECONDS = 5.0
@@ -116,7 +116,7 @@ class EnergyMeter:
     def at(self, at_seconds: float) -> EnergyPoint | None:
         """Return the energy at a time between two readings of one life, by a straight line between them.
 
-        ``None``: no readings on both sides within three seconds of each other.
+        ``None``: no readings on both sides, at most ``MAX_GAP_SECONDS`` apart.
         """
         index = bisect_left(self._points, at_seconds, key=lambda point: point.at_seconds)
         if index == len(self._points):

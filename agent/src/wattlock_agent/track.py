@@ -6,16 +6,13 @@ from statistics import median_low
 
 from wattlock_api.nodeenergy import GpuStatus
 
-from wattlock_agent.energy import EnergyMeter
+from wattlock_agent.energy import MAX_GAP_SECONDS, EnergyMeter
 from wattlock_agent.gpu.base import GpuReading
 from wattlock_agent.limiters import LIMITER_NAMES, RecentCap, growth
 from wattlock_agent.verify import BUSY_PERCENT, SETTLE_SECONDS, Finding, LockReading, LockWatch, check_lock
 
 #: "The last report interval" of the status.
 WINDOW_SECONDS = 20.0
-#: Readings further apart are not one stretch of time: whether the GPU was busy between them is not guessed. Counters
-#: (energy, limiters) tell even then.
-_MAX_GAP_SECONDS = 3.0
 _CLAMP_WINDOW_SECONDS = 10.0
 _CLAMP_MIN_READINGS = 5
 #: Only a GPU that never rests shows by a low clock that something holds it down.
@@ -98,8 +95,8 @@ class GpuTrack:
         restarted = self.meter.add(reading.at_seconds, reading.energy_mj, limit_mw / 1000 or None)
         restarted = restarted or (grown is not None and grown.restarted)
         busy = busy_percent(reading)
-        # Over a longer gap it is not known how long the GPU was busy.
-        seconds = elapsed_seconds if not restarted and 0 < elapsed_seconds <= _MAX_GAP_SECONDS else 0.0
+        # Over a longer gap it is not known how long the GPU was busy; the counters tell even then.
+        seconds = elapsed_seconds if not restarted and 0 < elapsed_seconds <= MAX_GAP_SECONDS else 0.0
         limited = self._add_limiters(reading, {} if restarted or grown is None else grown.seconds, seconds, busy)
         self.busy_seconds += seconds * busy / 100
         settled = lock_age_seconds is not None and lock_age_seconds >= SETTLE_SECONDS

@@ -198,7 +198,7 @@ class GpuStatus(ApiModel):
     board can use."""
     busy_seconds: PositiveDecimalString = "0"
     """Time with work, in seconds: utilisation, read once a second, times the time since the reading before. Gaps of
-    more than 3 s between readings do not count."""
+    more than two readings do not count."""
     recent_busy_seconds: PositiveDecimalString | None = None
     """The last 15 minutes of busy time, or what there is of them, in seconds: the power cap is judged by them."""
     recent_power_cap_seconds: PositiveDecimalString | None = None

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from wattlock_agent.energy import IMPLAUSIBLE_LIMIT_FACTOR, EnergyMeter
+from wattlock_agent.energy import IMPLAUSIBLE_LIMIT_FACTOR, MAX_GAP_SECONDS, EnergyMeter
 from wattlock_agent.gpu.base import GpuReading, LimiterNanoseconds
 from wattlock_agent.limiters import LIMITER_NAMES, RECENT_BUSY_SECONDS, RecentCap, growth
 from wattlock_agent.track import GpuTrack
@@ -197,7 +197,7 @@ def test_limiter_time_is_exactly_what_the_counters_say_however_far_readings_are_
         track.add(reading(at, 0, power_cap=counter_ns, thermal=7), None, 15, None)
     assert track.limiter_seconds["power_cap"] == pytest.approx(counter_ns / 1e9 - 5)
     assert track.limiter_seconds["thermal"] == 0
-    known = [(seconds, share) for seconds, share in history if seconds <= 3]
+    known = [(seconds, share) for seconds, share in history if seconds <= MAX_GAP_SECONDS]
     assert track.busy_seconds == pytest.approx(sum(seconds for seconds, _ in known))
     assert track.recent_cap.busy_seconds == pytest.approx(track.busy_seconds)
     assert track.recent_cap.capped_seconds == pytest.approx(
