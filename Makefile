@@ -56,6 +56,10 @@ check: setup ## Check formatting, lint, types, import rules and the lock file
 unit: setup ## Run the unit tests alone (under a minute)
 	.venv/bin/python -m pytest tests/unit
 
+.PHONY: test-hardware
+test-hardware: ## Measure this machine's real GPU under load, read-only, and write docs/hardware/ (LOAD_PYTHON=PYTHON)
+	@dev/hardware
+
 .PHONY: bench
 bench: setup ## Print reaction times, the agent's cost and API requests, measured on a local cluster
 	@dev/bench
