@@ -55,7 +55,7 @@ def computes_prompts(evidence: PromptEvidence, now_seconds: float) -> str:
     if last is None or now_seconds - last >= CLEAR_SECONDS:
         return ""
     return (
-        f"{100 * evidence.share:.0f} % of its tokens in a minute were prompt tokens that it computed itself "
-        f"(more than {100 * MAX_COMPUTED_SHARE:.0f} %): it does prefill, whatever its label says; "
+        f"more than {100 * MAX_COMPUTED_SHARE:.0f} % of its tokens in a minute were prompt tokens that it computed "
+        "itself: it does prefill, whatever its label says; "
         f"released until it has not for {CLEAR_SECONDS:.0f} s"
     )

@@ -366,7 +366,7 @@ def _decide(world: World, verdict: _Verdict, wait_until: Mapping[InstanceKey, fl
     state = GpuState.RELEASED if gpu.lock is None else GpuState.LOCKED
     wait_seconds = max((wait_until[key] for key in verdict.instances), default=0.0) - world.now_seconds
     if wait_seconds > 0:
-        text = f"to be locked to {text} in {wait_seconds:.0f} s: writes are kept apart"
+        text = f"to be locked to {text} in some seconds: writes are kept apart"
         return Decision(uuid, state, Reason.WAITING_TO_WRITE, text, None, verdict.order, verdict.cap_mhz, settled=False)
     lock = Lock(gpu.identity.supported_clocks_mhz[0], verdict.cap_mhz)
     text = f"to be locked to {text}"

@@ -45,10 +45,10 @@ def why_stale(freshness: Freshness, now_seconds: float) -> str:
     """Return why orders must not be followed, as a sentence; empty when they may."""
     silent_seconds = now_seconds - freshness.api_seen_seconds
     if silent_seconds > STALE_ORDERS_SECONDS:
-        return f"the API server has not answered for {silent_seconds:.0f} s"
+        return f"the API server has not answered for more than {STALE_ORDERS_SECONDS} s"
     if freshness.lease_changed_seconds is None:
         return f"waiting for a sign of life of the operator: its lease {LEASE_NAME} has not been renewed yet"
     silent_seconds = now_seconds - freshness.lease_changed_seconds
     if silent_seconds > STALE_ORDERS_SECONDS:
-        return f"the operator has not renewed its lease {LEASE_NAME} for {silent_seconds:.0f} s"
+        return f"the operator has not renewed its lease {LEASE_NAME} for more than {STALE_ORDERS_SECONDS} s"
     return ""

@@ -1,11 +1,15 @@
-"""Conditions of a policy: one word for programs, one sentence for people that says what to do."""
+"""Conditions of a policy: one word for programs, one sentence for people that says what to do.
+
+No sentence holds a number that is measured anew with every report: a condition that changes all the time tells nobody
+anything, and wakes everybody who waits for it. Those numbers are in the status of the pools.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wattlock_api.base import Condition, timestamp
 from wattlock_api.constants import ConditionType, Mode, PowerCapVerdict, Reason, Role, SavingsVerdict
-from wattlock_api.energypolicy import PoolStatus
+from wattlock_api.energypolicy import PoolStatus, Savings
 
 from wattlock_operator.release import Release, release_sentence
 from wattlock_operator.reports import PoolReport
@@ -186,8 +190,9 @@ def _power_cap(facts: Facts) -> Finding:
     pools = [pool for pool in facts.pools if pool.role is not Role.PREFILL]
     binding = [pool for pool in pools if pool.power_cap.verdict is PowerCapVerdict.BINDING]
     if binding:
-        names = ", ".join(f"{pool.name} ({pool.power_cap.time_at_cap_percent}% of busy time)" for pool in binding)
-        return Finding(kind, True, "Binding", f"the GPUs' power limit holds clocks down in pool {names}"[:1024])
+        names = ", ".join(pool.name for pool in binding)
+        text = f"the GPUs' power limit holds clocks down in pool {names}: powerCap in status.pools says how often"
+        return Finding(kind, True, "Binding", text[:1024])
     if any(pool.power_cap.verdict is PowerCapVerdict.INERT for pool in pools):
         return Finding(kind, False, "Inert", "the power limit did not act")
     return Finding(kind, None, "Unknown", "the GPUs were not busy long enough to say")
@@ -201,6 +206,22 @@ def _conflict(facts: Facts) -> Finding:
     return Finding(ConditionType.CONFLICT, False, "NoConflict", "every selected pod belongs to one pool")
 
 
+#: What the verdict is, without the numbers of savings.message.
+_VERDICTS = {
+    Reason.INTERVAL_EXCLUDES_ZERO: "the saving of GPU-board energy for each token is verified",
+    Reason.CAP_COSTS_ENERGY: "the cap is verified to cost energy: raise or remove it",
+    Reason.INTERVAL_INCLUDES_ZERO: "the interval includes zero: there may be no saving",
+    Reason.INTERVAL_TOO_WIDE: "the interval is still too wide",
+    Reason.NEEDS_MORE_EVIDENCE: "there is enough for one look, not yet for someone who looks again and again",
+    Reason.TOO_FEW_PAIRS: "too few pairs of epochs are measured so far",
+}
+
+
+def _verdict_sentence(name: str, savings: Savings) -> str:
+    said = next((text for reason, text in _VERDICTS.items() if reason.value == savings.reason), None)
+    return f"pool {name}: {savings.message}" if said is None else f"pool {name}: {said}"
+
+
 def _verified(facts: Facts) -> Finding:
     kind = ConditionType.VERIFIED
     found = [(pool.name, pool.savings) for pool in facts.pools if pool.savings is not None]
@@ -209,10 +230,10 @@ def _verified(facts: Facts) -> Finding:
     for wanted, status in ((SavingsVerdict.UNKNOWN, None), (SavingsVerdict.INCONCLUSIVE, False)):
         for name, savings in found:
             if savings.verdict is wanted:
-                return Finding(kind, status, savings.reason, f"pool {name}: {savings.message}"[:1024])
-    return Finding(
-        kind, True, found[0][1].reason, "; ".join(f"pool {name}: {savings.message}" for name, savings in found)[:1024]
-    )
+                return Finding(kind, status, savings.reason, _verdict_sentence(name, savings)[:1024])
+    # A cap that costs energy is the news, wherever it stands.
+    worst = next((savings for _, savings in found if savings.reason == Reason.CAP_COSTS_ENERGY.value), found[0][1])
+    return Finding(kind, True, worst.reason, "; ".join(_verdict_sentence(*each) for each in found)[:1024])
 
 
 def find_conditions(facts: Facts) -> tuple[Finding, ...]:

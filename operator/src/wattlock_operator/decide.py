@@ -39,7 +39,7 @@ class Memory:
     """By policy UID."""
     ordered_nodes: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Nodes that had orders of a policy, by its UID."""
-    told: Told = field(default_factory=dict)
+    told: Told = field(default_factory=Told)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
-"""Events of policies: told once when a condition changes, never again and again."""
+"""Events of policies: told when a condition changes, and bounded where it keeps changing. Pure.
+
+Two bounds, as client-go's correlator has them (tools/record/events_cache.go): one for the same news, one for all news
+of an object, so that a policy that flaps between ever new reasons cannot fill the cluster's events either.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wattlock_api.base import Condition
 from wattlock_api.constants import ConditionType
@@ -9,6 +13,9 @@ from wattlock_api.constants import ConditionType
 from wattlock_operator.world import PolicyView
 
 REPEAT_SECONDS = 300.0
+#: All Events of a policy: so many at once, then one in each so many seconds. Up to 58 in the first hour.
+BURST = 10
+REFILL_SECONDS = 75.0
 MAX_MEMORY = 4096
 
 #: Conditions that tell of trouble when they become true.
@@ -21,8 +28,34 @@ _TROUBLE = {
 #: Its changes are told by Ready already.
 _SILENT = {ConditionType.PROGRESSING}
 
-Told = Mapping[tuple[str, str], float]
-"""When a reason was last told of a policy (UID), in seconds."""
+
+@dataclass(frozen=True)
+class Told:
+    """What was told when."""
+
+    reasons: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    """When a reason was last told of a policy (UID), in seconds."""
+    spent: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """How much of its burst a policy (UID) has used, and when that was so, in seconds."""
+
+    def room(self, uid: str, now_seconds: float) -> bool:
+        """Return whether one more Event of the policy may be told."""
+        return self.used(uid, now_seconds) <= BURST - 1
+
+    def used(self, uid: str, now_seconds: float) -> float:
+        """Return how much of its burst the policy has used by now."""
+        used, at_seconds = self.spent.get(uid, (0.0, now_seconds))
+        return max(0.0, used - max(0.0, now_seconds - at_seconds) / REFILL_SECONDS)
+
+    def after(self, uid: str, reason: str, now_seconds: float) -> "Told":
+        """Return the memory with one more Event; what says nothing any more is forgotten."""
+        reasons = {**self.reasons, (uid, reason): now_seconds}
+        spent = {**self.spent, uid: (self.used(uid, now_seconds) + 1, now_seconds)}
+        if len(reasons) > MAX_MEMORY:
+            reasons = {key: time for key, time in reasons.items() if now_seconds - time < REPEAT_SECONDS}
+        if len(spent) > MAX_MEMORY:
+            spent = {each: entry for each, entry in spent.items() if now_seconds - entry[1] < BURST * REFILL_SECONDS}
+        return Told(reasons, spent)
 
 
 @dataclass(frozen=True)
@@ -57,22 +90,21 @@ def tell(
 ) -> tuple[tuple[Telling, ...], Told]:
     """Return the Events for a change of conditions, and the memory of what was told when.
 
-    The same reason is told at most once in five minutes for a policy.
+    The same reason is told at most once in five minutes for a policy, and all its reasons together are bounded.
     """
     known = {condition.type: condition for condition in before}
-    memory = dict(told)
     tellings = []
     for condition in after:
         if not _worth_telling(condition, known.get(condition.type)):
             continue
         # Reason and condition: one word such as Releasing serves several conditions.
         key = (policy.uid, condition.reason)
-        if now_seconds - memory.get(key, -REPEAT_SECONDS) < REPEAT_SECONDS:
+        if now_seconds - told.reasons.get(key, -REPEAT_SECONDS) < REPEAT_SECONDS:
             continue
-        memory[key] = now_seconds
+        if not told.room(policy.uid, now_seconds):
+            continue
+        told = told.after(*key, now_seconds)
         tellings.append(
             Telling(policy, _is_warning(condition), condition.reason, f"{condition.type}: {condition.message}")
         )
-    if len(memory) > MAX_MEMORY:
-        memory = {key: time for key, time in memory.items() if now_seconds - time < REPEAT_SECONDS}
-    return tuple(tellings), memory
+    return tuple(tellings), told

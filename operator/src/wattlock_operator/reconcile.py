@@ -66,7 +66,7 @@ class Reconciler:
         self.store = Store(self._mark)
         self._memory = Memory()
         self._released: frozenset[str] = frozenset()
-        self._leading_until = 0.0
+        self._leading_until, self._deposed = 0.0, False
         self._beat = time.monotonic()
         self._synced, self._resync_at = False, 0.0
 
@@ -110,7 +110,7 @@ class Reconciler:
                         log.info("leading as %s", self._settings.identity)
                         self._dirty.set()
                 else:
-                    self._leading_until = 0.0
+                    self._leading_until, self._deposed = 0.0, True
                     log.info("another operator holds the lease: standing by")
             except KubeError as error:
                 log.warning("the lease could not be renewed: %s", error)
@@ -129,6 +129,10 @@ class Reconciler:
                     await asyncio.to_thread(self._resync)
                     self._synced, self._resync_at = True, time.monotonic() + RESYNC_SECONDS
                 self._dirty.clear()
+                if self.leading and self._deposed:
+                    # Another one led meanwhile and wrote the sums on: ours are old. Go on from what it wrote.
+                    await asyncio.to_thread(self._resync)
+                    self._memory, self._deposed = Memory(), False
                 if self.leading:
                     if not profile_ensured:
                         await asyncio.to_thread(ensure_published_profile, self._kube)

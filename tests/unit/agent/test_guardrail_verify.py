@@ -153,7 +153,7 @@ def test_computed_prompts_are_noticed_after_a_minute_and_forgiven_after_five():
     evidence = work(PromptEvidence(), 50, 0.3)
     assert not computes_prompts(evidence, 50)
     evidence = work(PromptEvidence(), 60, 0.3)
-    assert "30 %" in computes_prompts(evidence, 60)
+    assert "more than 10 %" in computes_prompts(evidence, 60)
     assert computes_prompts(restarted(evidence), 359)
     assert not computes_prompts(evidence, 360)
 

@@ -6,8 +6,9 @@ import pytest
 from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
 from wattlock_api.base import Condition, timestamp
 from wattlock_api.energypolicy import EnergyPolicyStatus, Limiters
+from wattlock_api.nodeenergy import Moments, PairStats
 from wattlock_operator.decide import Memory, decide
-from wattlock_operator.events import REPEAT_SECONDS, tell
+from wattlock_operator.events import BURST, REFILL_SECONDS, REPEAT_SECONDS, Told, tell
 from wattlock_operator.lease import DURATION_SECONDS, LeaseView, may_take
 from wattlock_operator.metrics import Metrics
 from wattlock_operator.settings import SettingsError, from_environment
@@ -161,6 +162,47 @@ def test_a_time_moves_only_with_its_status():
     assert condition(again, "Conflict").last_transition_time == timestamp(NOW)
 
 
+def test_conditions_hold_no_number_that_every_report_changes():
+    """Numbers move every 20 seconds; what people wait for must not."""
+
+    def conditions(watts: int, share: str, mean: float, pairs: int) -> list[Condition]:
+        moments = Moments(total=f"{pairs * mean:.9f}", squares=f"{pairs * (mean**2 + 1e-5):.9f}")
+        serving = instance(
+            tokens_per_second=f"{watts * 3}",
+            inter_token_latency_ms=f"{watts / 50}",
+            energy_joules=f"{watts * 1000}",
+            pair_stats=[PairStats(cap_mhz=1590, pairs=pairs, energy=moments)],
+        )
+        numbers = {"power_watts": watts, "observed_mhz": 1590, "peak_watts": watts + 90, "energy_joules": f"{watts}"}
+        binding = {"recent_busy_seconds": "900", "recent_power_cap_seconds": share}
+        return status_of([gpu(**numbers, **binding)], [serving]).conditions
+
+    assert conditions(500, "90", -0.15, 60) == conditions(520, "111", -0.16, 61)
+    assert conditions(500, "0", 0.15, 60) == conditions(520, "1", 0.16, 61)
+    assert conditions(500, "0", 0.0, 3) == conditions(520, "1", 0.1, 4)
+
+
+def test_a_cap_that_costs_energy_is_said_by_the_condition():
+    moments = Moments(total="6.0", squares="0.601")
+    serving = instance(tokens_per_second="100", pair_stats=[PairStats(cap_mhz=1590, pairs=60, energy=moments)])
+    found = condition(status_of([gpu()], [serving]), "Verified")
+    assert (found.status, found.reason) == ("True", "CapCostsEnergy")
+    assert "raise or remove" in found.message
+
+
+def test_control_epochs_do_not_move_what_people_look_at():
+    capped = status_of([gpu(0), gpu(1)])
+    turn = status_of([gpu(0), gpu(1, state="Released", reason="ControlEpoch")])
+    assert capped.summary.capped == turn.summary.capped == "2/2"
+    assert (capped.pools[0].locked, turn.pools[0].locked) == (2, 1)
+    refused = status_of([gpu(0), gpu(1, state="Released", reason="Guardrail", requested_mhz=None)])
+    assert refused.summary.capped == "1/2"
+
+
+def test_every_condition_says_which_generation_it_is_about():
+    assert {entry.observed_generation for entry in status_of([gpu()]).conditions} == {policy().generation}
+
+
 def test_observing_is_ready_and_caps_nothing():
     status = status_of([gpu(state="Observing", reason="ObserveMode")], policies=[policy(spec={"mode": "Observe"})])
     assert state(status, "Ready") == ("True", "Observing")
@@ -169,7 +211,7 @@ def test_observing_is_ready_and_caps_nothing():
 
 
 def events(before, after, told=None, now=NOW):
-    made, memory = tell(policy(), before, after, told or {}, now)
+    made, memory = tell(policy(), before, after, told or Told(), now)
     return [(telling.reason, telling.warning) for telling in made], memory
 
 
@@ -186,6 +228,23 @@ def test_events_tell_changes_once():
     assert made == [("WithinLimits", False)]
     assert events(good, bad, told, NOW + 2)[0] == [], "the same reason again within five minutes"
     assert events(good, bad, told, NOW + REPEAT_SECONDS)[0] == [("Breached", True)]
+
+
+def test_a_flapping_policy_does_not_flood_the_events():
+    told, shown = Told(), []
+    for second in range(0, 3600, 2):  # a new reason every two seconds, an hour long
+        before, after = (one("Ready", "False", f"Reason{second + step}") for step in (0, 1))
+        made, told = events(before, after, told, NOW + second)
+        shown += made
+    assert BURST < len(shown) <= BURST + 3600 / REFILL_SECONDS
+    assert len(told.reasons) <= len(shown)
+
+
+def test_the_events_of_one_policy_leave_room_for_those_of_another():
+    told = Told()
+    for number in range(2 * BURST):
+        _, told = tell(policy(), [], one("Ready", "False", f"Reason{number}"), told, NOW)
+    assert len(tell(policy("other"), [], one("Ready", "False", "NoAgent"), told, NOW)[0]) == 1
 
 
 def test_a_new_policy_tells_what_is_wrong_and_not_what_is_unknown():
