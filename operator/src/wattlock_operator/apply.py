@@ -13,6 +13,7 @@ from wattlock_api.constants import (
     AGENT_COMPONENT,
     API_VERSION,
     COMPONENT_LABEL,
+    PEER_POWER_ANNOTATION,
     PLACEMENT_LABEL,
     PUBLISHED_PROFILE,
 )
@@ -120,21 +121,25 @@ class Applier:
         self._metrics.wrote(kind, verb)
         return True
 
-    def write_orders(self, node: str, orders: Sequence[Order]) -> bool:
-        """Write the orders of a node."""
-        return self._try("NodeEnergy", "apply", node, partial(self._write_orders, node, orders))
+    def write_orders(self, node: str, orders: Sequence[Order], peer_power: str = "") -> bool:
+        """Write the orders of a node, and the power of its instances on other nodes."""
+        return self._try("NodeEnergy", "apply", node, partial(self._write_orders, node, orders, peer_power))
 
-    def _write_orders(self, node: str, orders: Sequence[Order]) -> None:
+    def _write_orders(self, node: str, orders: Sequence[Order], peer_power: str) -> None:
         path, body = api.node_energy_path(node), api.manifest("NodeEnergy", node)
         if not orders:
             # Applying an empty list over entries that we own removes spec itself, which the schema refuses.
             try:
-                self._kube.merge(path, {"spec": {"orders": []}})
+                self._kube.merge(
+                    path, {"spec": {"orders": []}, "metadata": {"annotations": {PEER_POWER_ANNOTATION: None}}}
+                )
             except KubeError as error:
                 if error.status != 404:
                     raise
                 self._kube.request("POST", api.NODE_ENERGIES, body=body | {"spec": {}})
             return
+        if peer_power:
+            body["metadata"]["annotations"] = {PEER_POWER_ANNOTATION: peer_power}
         self._kube.apply(path, body | {"spec": {"orders": [order.to_api() for order in orders]}})
 
     def write_status(self, policy: PolicyView, status: EnergyPolicyStatus) -> bool:
@@ -156,7 +161,14 @@ class Applier:
         """
         well = True
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="write") as pool:
-            well &= all(pool.map(lambda entry: self.write_orders(*entry), decision.write_orders.items()))
+            well &= all(
+                pool.map(
+                    lambda node: self.write_orders(
+                        node, decision.write_orders[node], decision.peer_powers.get(node, "")
+                    ),
+                    decision.write_orders,
+                )
+            )
             for node in decision.delete_node_energies:
                 path = api.node_energy_path(node)
                 well &= self._try("NodeEnergy", "delete", node, partial(self._kube.delete, path))

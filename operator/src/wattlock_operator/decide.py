@@ -1,6 +1,6 @@
 """The whole decision: what the world should look like, as a pure function of what it looks like."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from wattlock_api.nodeenergy import Order
 from wattlock_operator.accounting import Account
 from wattlock_operator.events import Telling, Told, tell
 from wattlock_operator.orders import Orders, give_orders
+from wattlock_operator.peerpower import peer_powers
 from wattlock_operator.placement import DaemonSets, TemplateError, plan_daemon_sets
 from wattlock_operator.release import Release, locked_uuids, release_of
 from wattlock_operator.reports import PoolKey, collect
@@ -18,6 +19,8 @@ from wattlock_operator.world import PolicyView, World
 
 #: Numbers alone are written this often.
 NUMBERS_SECONDS = 20.0
+#: News about power on other nodes is written to a node this often at most: agents wait two minutes for it.
+PEER_POWER_SECONDS = 20.0
 #: The least time between two writes of a status.
 STATES_SECONDS = 1.0
 
@@ -40,6 +43,8 @@ class Memory:
     ordered_nodes: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Nodes that had orders of a policy, by its UID."""
     told: Told = field(default_factory=Told)
+    powers_at: Mapping[str, float] = field(default_factory=dict)
+    """When the annotation about power on other nodes was last written, by node."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Decision:
 
     write_orders: Mapping[str, tuple[Order, ...]]
     """NodeEnergies to write, by node."""
+    peer_powers: Mapping[str, str]
+    """Annotation of those of them that have one, by node."""
     delete_node_energies: tuple[str, ...]
     daemon_sets: DaemonSets
     statuses: Mapping[str, EnergyPolicyStatus]
@@ -61,7 +68,9 @@ class Decision:
     memory: Memory
 
 
-def _orders_to_write(world: World, orders: Orders) -> tuple[dict[str, tuple[Order, ...]], tuple[str, ...]]:
+def _orders_to_write(
+    world: World, orders: Orders, powers: Mapping[str, str], fresh: Set[str]
+) -> tuple[dict[str, tuple[Order, ...]], tuple[str, ...]]:
     agents = {pod.node for pod in world.agent_pods()}
     write: dict[str, tuple[Order, ...]] = {}
     delete = []
@@ -76,7 +85,12 @@ def _orders_to_write(world: World, orders: Orders) -> tuple[dict[str, tuple[Orde
                 write[node] = ()
             elif present is not None and not locked_uuids(present.status):
                 delete.append(node)
-        elif present is None or present.orders != wanted or not present.readable:
+        elif (
+            present is None
+            or present.orders != wanted
+            or not present.readable
+            or (present.peer_power != powers.get(node, "") and node not in fresh)
+        ):
             write[node] = wanted
     return write, tuple(delete)
 
@@ -98,7 +112,10 @@ def _ordered_nodes(world: World, orders: Orders, memory: Memory) -> dict[str, fr
 def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now_seconds: float) -> Decision:
     """Return what to do now. Total: bad input leads to a condition with a reason, never to an exception."""
     orders = give_orders(world)
-    write, delete = _orders_to_write(world, orders)
+    powers = peer_powers(world, orders.by_node)
+    fresh = {node for node, at_seconds in memory.powers_at.items() if now_seconds - at_seconds < PEER_POWER_SECONDS}
+    write, delete = _orders_to_write(world, orders, powers, fresh)
+    powers_at = {node: now_seconds if node in write else memory.powers_at.get(node, 0.0) for node in powers}
     ordered_nodes = _ordered_nodes(world, orders, memory)
     releases: dict[str, Release] = {
         policy.uid: release_of(policy, world, ordered_nodes, now_seconds)
@@ -148,6 +165,7 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
             written[policy.uid] = last
     return Decision(
         write_orders=write,
+        peer_powers={node: text for node, text in powers.items() if node in write},
         delete_node_energies=delete,
         daemon_sets=daemon_sets,
         statuses=statuses,
@@ -155,5 +173,5 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         tellings=tuple(tellings),
         released=frozenset(uid for uid, release in releases.items() if release.complete),
         again_soon=again_soon,
-        memory=Memory(accounts, written, ordered_nodes, told),
+        memory=Memory(accounts, written, ordered_nodes, told, powers_at),
     )

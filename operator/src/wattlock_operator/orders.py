@@ -7,14 +7,24 @@ from dataclasses import dataclass
 
 from wattlock_api.base import ObjectRef
 from wattlock_api.constants import FINALIZER, Mode, Reason, Role
-from wattlock_api.nodeenergy import Hold, Order, OrderExperiment, PolicyRef
+from wattlock_api.nodeenergy import Hold, InstanceSpan, Order, OrderExperiment, PolicyRef
 
 from wattlock_operator.clocks import Cap, cap_for, hold, products_of
-from wattlock_operator.selection import Member, Selection, group_of, peer_groups, select, serves_metrics
+from wattlock_operator.selection import (
+    Member,
+    Selection,
+    group_of,
+    missing_pods,
+    peer_groups,
+    select,
+    serves_metrics,
+)
 from wattlock_operator.world import PodView, World
 
 #: Bound of the list in the CustomResourceDefinition.
 MAX_ORDERS_PER_NODE = 256
+#: Nodes of an instance that its orders name. Of a larger one energy for each token stays unknown.
+MAX_SPAN_NODES = 64
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,38 @@ def _agree(verdicts: Sequence[Cap | Hold]) -> Cap | Hold:
     return Cap(caps[0])
 
 
-def _order(member: Member, verdict: Cap | Hold | None) -> Order:
+@dataclass(frozen=True)
+class _Instance:
+    """An instance over all its nodes."""
+
+    span: InstanceSpan | None
+    speaker: str | None
+    """UID of the one pod whose metrics count."""
+
+
+def _instances(members: Sequence[Member], with_gpu: Sequence[Member]) -> Mapping[str, _Instance]:
+    """Return the instances of a policy by name.
+
+    One that is on one node, with all its pods, has no span. Of several pods that serve metrics the first by name
+    speaks: the tokens of one instance must be counted once, by one agent.
+    """
+    missing = missing_pods(members)
+    groups: dict[str, list[Member]] = defaultdict(list)
+    for member in with_gpu:
+        groups[member.instance].append(member)
+    found: dict[str, _Instance] = {}
+    for name, group in groups.items():
+        nodes = sorted({member.pod.node for member in group})
+        speakers = sorted((member.pod.name, member.pod.uid) for member in group if metrics_url(member) is not None)
+        whole = len(nodes) == 1 and not missing[name]
+        span = None if whole else InstanceSpan(nodes=nodes[:MAX_SPAN_NODES], missing_pods=missing[name])
+        if len(nodes) > MAX_SPAN_NODES:
+            span = InstanceSpan(nodes=nodes[:MAX_SPAN_NODES], missing_pods=missing[name] + len(group))
+        found[name] = _Instance(span, speakers[0][1] if speakers else None)
+    return found
+
+
+def _order(member: Member, verdict: Cap | Hold | None, instance: _Instance) -> Order:
     policy, spec = member.policy, member.spec
     # In Observe mode the cap is left out on purpose: an agent that misread the mode would still write nothing.
     cap = verdict.mhz if isinstance(verdict, Cap) and spec.mode is Mode.ENFORCE else None
@@ -117,7 +158,8 @@ def _order(member: Member, verdict: Cap | Hold | None) -> Order:
         hold=verdict if isinstance(verdict, Hold) else None,
         experiment=experiment,
         guardrail=spec.guardrail if member.pool.role is Role.DECODE else None,
-        metrics_url=metrics_url(member),
+        metrics_url=metrics_url(member) if member.pod.uid == instance.speaker else None,
+        span=instance.span,
     )
 
 
@@ -134,6 +176,7 @@ def give_orders(world: World) -> Orders:
     for uid, members in selection.members.items():
         with_gpu = [member for member in members if member.pod.wants_gpu]
         without_gpu[uid] = tuple(member for member in members if not member.pod.wants_gpu)
+        instances = _instances(members, with_gpu)
         peers = peer_groups(members)
         verdicts: dict[str, list[Cap | Hold]] = defaultdict(list)
         for member in with_gpu:
@@ -144,7 +187,7 @@ def give_orders(world: World) -> Orders:
             verdict = agreed[member.instance] if member.pool.role is Role.DECODE else None
             if member.rivals and verdict is None:
                 verdict = _verdict(member, world, peers)  # a Prefill pool lost the dispute or won it: say so
-            by_node[member.pod.node].append((member, _order(member, verdict)))
+            by_node[member.pod.node].append((member, _order(member, verdict, instances[member.instance])))
     final: dict[str, tuple[Order, ...]] = {}
     for node, entries in by_node.items():
         entries.sort(key=lambda entry: (entry[0].policy.age_key, entry[0].pod.name))

@@ -1,6 +1,6 @@
 """The agents' reports, sorted by policy and pool."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,8 +31,6 @@ class NodeInstance:
     node: str
     instance: InstanceStatus
     silent: bool
-    spread: bool
-    """Whether it runs on several nodes, so that no node knows its energy for each token."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ def collect(world: World, now_seconds: float) -> Mapping[PoolKey, PoolReport]:
     gpus: dict[PoolKey, list[NodeGpu]] = defaultdict(list)
     found: dict[PoolKey, list[tuple[str, InstanceStatus, bool]]] = defaultdict(list)
     times: dict[PoolKey, str] = {}
-    nodes_of: Counter[str] = Counter()
     for name, node_energy in sorted(world.node_energies.items()):
         report = node_energy.status
         if report is None or name not in world.nodes:
@@ -69,14 +66,10 @@ def collect(world: World, now_seconds: float) -> Mapping[PoolKey, PoolReport]:
                 )
         for instance in report.instances:
             found[instance.policy_uid, instance.pool].append((name, instance, silent))
-            nodes_of[instance.key] += 1
     return {
         key: PoolReport(
             gpus=tuple(gpus[key]),
-            instances=tuple(
-                NodeInstance(name, instance, silent, nodes_of[instance.key] > 1)
-                for name, instance, silent in found.get(key, ())
-            ),
+            instances=tuple(NodeInstance(*entry) for entry in found.get(key, ())),
             measured_at=times.get(key) or None,
         )
         for key in {*gpus, *found}

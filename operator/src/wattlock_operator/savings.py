@@ -76,19 +76,12 @@ def _ends(percent: Percent) -> list[str]:
     return [percent_text(percent.low), percent_text(percent.high)]
 
 
-def _without_data(pairs: int, locked: bool, report: PoolReport, spread: int) -> tuple[SavingsVerdict, Reason, str]:
+def _without_data(pairs: int, locked: bool, report: PoolReport) -> tuple[SavingsVerdict, Reason, str]:
     """Return why there are fewer than six pairs."""
-    usable = [item for item in report.instances if not item.spread]
-    if pairs == 0 and not usable and spread:
-        return (
-            SavingsVerdict.UNKNOWN,
-            Reason.TOO_FEW_PAIRS,
-            f"{spread} instance(s) run on several nodes; their energy for each token is not measured yet",
-        )
     if pairs == 0 and not locked:
         return SavingsVerdict.UNKNOWN, Reason.NOTHING_LOCKED, "no GPU of the pool is capped, so nothing is compared"
-    if pairs == 0 and (not usable or all(item.instance.tokens_per_second is None for item in usable)):
-        example = next((item.instance.message for item in usable if item.instance.message), "")
+    if pairs == 0 and all(item.instance.tokens_per_second is None for item in report.instances):
+        example = next((item.instance.message for item in report.instances if item.instance.message), "")
         return (
             SavingsVerdict.UNKNOWN,
             Reason.NO_SERVING_METRICS,
@@ -113,21 +106,18 @@ def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> F
                 message="verification.method is None: write Switchback to measure the saving",
             )
         )
-    usable = [item for item in report.instances if not item.spread]
-    spread = len({item.instance.key for item in report.instances if item.spread})
-    found = [entry for item in usable if (entry := current_stats(report, item)) is not None]
+    # An instance on several nodes has its pairs, with the energy of all of them, on the node that counts its tokens.
+    found = [entry for item in report.instances if (entry := current_stats(report, item)) is not None]
     energy = _pooled([(entry.pairs, entry.energy) for entry in found])
     throughput = _pooled([(entry.pairs, entry.throughput) for entry in found])
     latency = _pooled([(entry.latency_pairs, entry.latency) for entry in found])
     locked = mode is Mode.ENFORCE and any(entry.gpu.requested_mhz is not None for entry in report.gpus)
     reason = judge(energy)
     if energy is None or reason is Reason.TOO_FEW_PAIRS:
-        verdict, reason, message = _without_data(energy.effect.pairs if energy else 0, locked, report, spread)
+        verdict, reason, message = _without_data(energy.effect.pairs if energy else 0, locked, report)
     else:
         verdict = SavingsVerdict.VERIFIED if reason in VERIFIED else SavingsVerdict.INCONCLUSIVE
         message = sentence(energy, reason, verification)
-    if spread and usable:
-        message += f". {spread} instance(s) on several nodes are left out"
     if mode is Mode.OBSERVE and reason is Reason.NOTHING_LOCKED:
         message = "mode is Observe: a saving is measured only while GPUs are capped, in mode Enforce"
     saving = saving_percent(energy.effect) if energy and energy.effect.pairs >= MIN_PAIRS else None
@@ -149,7 +139,7 @@ def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> F
         inter_token_latency_change_ci95=_ends(slower) if slower else None,
         pairs=energy.effect.pairs if energy else 0,
         instances=energy.effect.instances if energy else 0,
-        dropped_epochs=_dropped(usable),
+        dropped_epochs=_dropped(report.instances),
     )
     caps_mhz = frozenset(entry.cap_mhz for entry in found)
     return Finding(savings, energy.effect if energy else None, always, caps_mhz)
@@ -157,7 +147,7 @@ def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> F
 
 def _dropped(items: Sequence[NodeInstance]) -> int:
     return sum(
-        dropped.restart + dropped.limiter + dropped.no_tokens + dropped.samples + dropped.not_applied
+        dropped.restart + dropped.no_tokens + dropped.samples + dropped.not_applied + dropped.peers
         for dropped in (item.instance.dropped for item in items)
     )
 

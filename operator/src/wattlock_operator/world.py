@@ -16,6 +16,7 @@ from wattlock_api.constants import (
     COMPONENT_LABEL,
     FINALIZER,
     FORCE_RELEASE_ANNOTATION,
+    PEER_POWER_ANNOTATION,
     PLACEMENT_LABEL,
 )
 from wattlock_api.energypolicy import EnergyPolicySpec, EnergyPolicyStatus
@@ -123,6 +124,8 @@ class NodeEnergyView:
     readable: bool
     """False: the orders there are not all understood; they are written anew."""
     status: NodeEnergyStatus | None
+    peer_power: str = ""
+    """The annotation as it is, see peerpower."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +319,7 @@ def parse_node_energy(body: Json) -> NodeEnergyView:
         orders=tuple(sorted(orders, key=lambda order: order.pod_uid)),
         readable=readable,
         status=_parse_report(body.get("status")),
+        peer_power=str(_mapping(metadata.get("annotations")).get(PEER_POWER_ANNOTATION) or ""),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from operator_worlds import NOW, gpu, instance, node_energy, world
 from wattlock_api.constants import Mode
 from wattlock_api.energypolicy import Verification
-from wattlock_api.nodeenergy import Moments, PairStats
+from wattlock_api.nodeenergy import DroppedEpochs, EpochPower, Moments, PairStats
 from wattlock_operator.reports import PoolReport, collect
 from wattlock_operator.savings import find_saving
 
@@ -92,13 +92,16 @@ def test_only_the_pairs_of_the_cap_in_force_count():
     assert find_saving(Verification(), Mode.ENFORCE, report(instance(pair_stats=stats))).savings.pairs == 3
 
 
-def test_instances_on_several_nodes_are_left_out_and_counted():
-    entry = instance(**SERVING, pair_stats=[pair_stats(50, LOG_08)])
-    nodes = [node_energy(name, gpus=[gpu()], instances=[entry]) for name in ("n1", "n2")]
+def test_an_instance_on_several_nodes_counts_once_with_what_the_node_of_its_tokens_says():
+    serves = instance(**SERVING, pair_stats=[pair_stats(50, LOG_08)], dropped=DroppedEpochs(peers=3))
+    nodes = [
+        node_energy("n1", gpus=[gpu()], instances=[serves]),
+        node_energy("n2", gpus=[gpu(1)], instances=[instance(reason="", epochs=[EpochPower(epoch=7, watts="500")])]),
+    ]
     pool_report = collect(world([], [], nodes, ("n1", "n2")), NOW)[KEY]
     finding = find_saving(Verification(), Mode.ENFORCE, pool_report)
-    assert (finding.savings.verdict.value, finding.savings.pairs) == ("Unknown", 0)
-    assert "several nodes" in finding.savings.message
+    assert (finding.savings.verdict.value, finding.savings.pairs, finding.savings.instances) == ("Verified", 50, 1)
+    assert finding.savings.dropped_epochs == 3
 
 
 def test_a_cap_that_costs_energy_is_told_as_such():
