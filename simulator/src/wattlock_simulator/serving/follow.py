@@ -36,7 +36,7 @@ class Work:
 
 
 def work_of(page: str) -> Work | None:
-    """The counters of a /metrics page of vLLM 0.10 or newer, summed over engines; None where it has none.
+    """The counters of a /metrics page of vLLM, summed over engines; None where it has none.
 
     Raises:
         ValueError: not a metrics page.
