@@ -201,7 +201,6 @@ def _phase(recording: Recording, phase: Phase, samples: _Samples) -> PhaseFigure
         and _gpu(line, recording.uuid).get("holder", {}).get("name") == holder
     ]
     seconds = phase.ended_seconds - phase.began_seconds
-    lines = lines[1:]  # in its first pass after a change of holders the agent reports the earlier holder's energy
     if len(lines) < 2:
         return PhaseFigures(phase.name, seconds, note=phase.note or "too short for two readings")
     first, last = lines[0], lines[-1]

@@ -187,6 +187,8 @@ class Agent:
             world = self._world(clock)
             decisions = plan(world)
         without_gpu = orders_without_gpu(world)
+        for uuid, decision in decisions.items():
+            self._follow_holder(uuid, decision.order)
         self._note(clock, decisions)
         if self._orders is not None and self._is_settled(world, decisions):
             self._settled_generation = self._orders.generation
@@ -248,7 +250,9 @@ class Agent:
                 _log.warning("holders: %s", event.problem)
             self._holders = replace(self._holders, problem=event.problem)
             return False
-        changed = event.holders != self._holders.holders or self._holders.asked_at_seconds < self._orders_at_seconds
+        before = self._holders
+        too_old = clock.now_seconds - before.asked_at_seconds > HOLDERS_MAX_AGE_SECONDS
+        changed = too_old or event.holders != before.holders or before.asked_at_seconds < self._orders_at_seconds
         self._holders = event
         return changed or self._lock_waits
 
@@ -320,6 +324,14 @@ class Agent:
             if now_seconds - each.since_seconds <= PARTED_SECONDS and each.status.energy_joules is not None
         ]
 
+    def _follow_holder(self, uuid: str, order: Order | None) -> None:
+        """Give the GPU's numbers to its holder, in the same pass that reports the two together."""
+        holder_uid = order.pod_uid if order else ""
+        reading = self._scan.readings.get(uuid)
+        if reading is not None and (uuid not in self.tracks or self.tracks[uuid].holder_uid != holder_uid):
+            self._hand_over(uuid, order)
+            self.tracks[uuid].add(reading, None, 1, None)
+
     def _hand_over(self, uuid: str, order: Order | None) -> None:
         """Count the GPU for another holder from this reading on: what it used up to it is the old one's."""
         old = self.tracks.get(uuid)
@@ -356,8 +368,7 @@ class Agent:
     def _track(self, uuid: str, clock: Clock) -> None:
         """Add the reading to what is known of the GPU, and act on what it says about our lock."""
         decision = self.outlook.decisions.get(uuid) if self.outlook else None
-        holder_uid = decision.order.pod_uid if decision and decision.order else ""
-        if uuid not in self.tracks or self.tracks[uuid].holder_uid != holder_uid:
+        if uuid not in self.tracks:
             self._hand_over(uuid, decision.order if decision else None)
         view = self._view(uuid)
         age_seconds = self.actuator.lock_age_seconds(uuid, clock.now_seconds)
