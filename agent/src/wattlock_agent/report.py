@@ -106,7 +106,11 @@ def _gpu(outlook: Outlook, uuid: str, track: GpuTrack | None) -> GpuStatus:
     if track is None or track.last is None or uuid not in outlook.scan.readings:
         return status
     watts, peak, limit_mw = track.watts(), track.peak_watts(), track.last.power_limit_mw
-    limiters = {f"{name}_seconds": decimal_string(track.limiter_seconds[name], 3) for name in LIMITER_NAMES}
+    limiters = {
+        f"{name}_seconds": decimal_string(track.limiter_seconds[name], 3)
+        for name in LIMITER_NAMES
+        if getattr(track.last.limiters, name) is not None or track.limiter_seconds[name] > 0
+    }
     capped, measured = decision.requested_mhz is not None, track.meter.measured
     return status.model_copy(
         update={

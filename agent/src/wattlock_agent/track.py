@@ -53,10 +53,10 @@ class GpuTrack:
         self.holder_uid = holder_uid
         counted = earlier.energy_joules if earlier else None
         self.meter = EnergyMeter(None if counted is None else float(counted), earlier.energy_gaps if earlier else 0)
-        self.busy_seconds = float(earlier.busy_seconds) if earlier else 0.0
-        self.clamp_seconds = float(earlier.clamp_seconds) if earlier else 0.0
+        self.busy_seconds = float(earlier.busy_seconds or 0) if earlier else 0.0
+        self.clamp_seconds = float(earlier.clamp_seconds or 0) if earlier else 0.0
         self.limiter_seconds = {
-            name: float(getattr(earlier.limiters, f"{name}_seconds")) if earlier else 0.0 for name in LIMITER_NAMES
+            name: float(getattr(earlier.limiters, f"{name}_seconds") or 0) if earlier else 0.0 for name in LIMITER_NAMES
         }
         self.recent_cap = RecentCap()
         if earlier and earlier.recent_busy_seconds is not None and earlier.recent_power_cap_seconds is not None:

@@ -206,17 +206,20 @@ class EnergyPolicySpec(ApiModel):
 
 
 class Limiters(ApiModel):
-    """Seconds, summed over GPUs, for which the driver's counters say that something held the clock down."""
+    """Seconds, summed over GPUs, for which the driver's counters say that something held the clock down.
 
-    power_cap_seconds: PositiveDecimalString = "0"
+    Absent where no GPU has the counter.
+    """
+
+    power_cap_seconds: PositiveDecimalString | None = None
     """Software power cap: the board's power limit."""
-    thermal_seconds: PositiveDecimalString = "0"
+    thermal_seconds: PositiveDecimalString | None = None
     """Thermal slowdown, software and hardware."""
-    power_brake_seconds: PositiveDecimalString = "0"
+    power_brake_seconds: PositiveDecimalString | None = None
     """External power brake signal."""
-    reliability_seconds: PositiveDecimalString = "0"
+    reliability_seconds: PositiveDecimalString | None = None
     """Voltage reliability."""
-    board_limit_seconds: PositiveDecimalString = "0"
+    board_limit_seconds: PositiveDecimalString | None = None
     """Board limit."""
 
 
@@ -367,10 +370,11 @@ class PoolStatus(ApiModel):
     """GPU-board joules for each computed prompt token; Prefill pools. Absent: not measured, or no tokens."""
     inter_token_latency_ms: PositiveDecimalString | None = None
     """Mean inter-token latency, in milliseconds."""
-    limiters: Limiters = Limiters()
-    clamped_gpus: int = 0
-    """GPUs whose clock stays below the cap under load although no limiter acts: firmware does it."""
-    clamp_seconds: PositiveDecimalString = "0"
+    limiters: Limiters | None = None
+    clamped_gpus: int | None = None
+    """GPUs whose clock stays below the cap under load although no limiter acts: firmware does it. Absent until a GPU is
+    measured."""
+    clamp_seconds: PositiveDecimalString | None = None
     """Seconds for which that was so, summed over GPUs."""
     power_cap: PowerCap = PowerCap()
     roofline: Roofline | None = None

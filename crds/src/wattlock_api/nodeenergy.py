@@ -196,7 +196,7 @@ class GpuStatus(ApiModel):
     energy_gaps: int = 0
     """Intervals that are not in energyJoules: the driver or the GPU restarted, or the counter jumped by more than the
     board can use."""
-    busy_seconds: PositiveDecimalString = "0"
+    busy_seconds: PositiveDecimalString | None = None
     """Time with work, in seconds: utilisation, read once a second, times the time since the reading before. Gaps of
     more than two readings do not count."""
     recent_busy_seconds: PositiveDecimalString | None = None
@@ -206,7 +206,7 @@ class GpuStatus(ApiModel):
     counter."""
     clamped: bool = False
     """Whether the clock is below the cap under load while no limiter acts."""
-    clamp_seconds: PositiveDecimalString = "0"
+    clamp_seconds: PositiveDecimalString | None = None
     """Time for which that was so, in seconds."""
     limiters: Limiters = Limiters()
     """What held the clock down, in seconds, from the driver's nanosecond counters: the time between two readings is

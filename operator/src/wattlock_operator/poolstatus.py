@@ -135,12 +135,14 @@ def _reasons(
     ][:MAX_REASONS]
 
 
-def _limiters(gpus: Iterable[NodeGpu]) -> Limiters:
-    sums = dict.fromkeys(Limiters.model_fields, 0.0)
+def _limiters(gpus: Iterable[NodeGpu]) -> Limiters | None:
+    """Return the sums over the GPUs that have the counter; one that none of them has is absent, not zero."""
+    sums: dict[str, float] = {}
     for entry in gpus:
-        for name in sums:
-            sums[name] += number(getattr(entry.gpu.limiters, name))
-    return Limiters(**{name: decimal_string(seconds, 1) for name, seconds in sums.items() if seconds})
+        for name in Limiters.model_fields:
+            if (seconds := getattr(entry.gpu.limiters, name)) is not None:
+                sums[name] = sums.get(name, 0.0) + number(seconds)
+    return Limiters(**{name: decimal_string(seconds, 1) for name, seconds in sums.items()}) if sums else None
 
 
 def power_cap(gpus: Sequence[NodeGpu]) -> PowerCap:
@@ -214,7 +216,8 @@ def pool_status(
     joules = joules_per_token(pool.role, members, fresh, instances)
     joules_text = None if joules is None else decimal_string(joules, 4)
     latency = _latency_ms(instances)
-    clamp_seconds = sum(number(entry.gpu.clamp_seconds) for entry in report.gpus)
+    clamped = sum(entry.gpu.clamped for entry in fresh)
+    clamps = [number(entry.gpu.clamp_seconds) for entry in report.gpus if entry.gpu.clamp_seconds is not None]
     uncounted = any(entry.gpu.energy_reason for entry in report.gpus)
     energy = None if uncounted else account.energy_joules  # that of some GPUs would look like that of all
     return PoolStatus(
@@ -241,8 +244,8 @@ def pool_status(
         joules_per_prompt_token=joules_text if pool.role is Role.PREFILL else None,
         inter_token_latency_ms=None if latency is None else decimal_string(latency, 2),
         limiters=_limiters(report.gpus),
-        clamped_gpus=sum(entry.gpu.clamped for entry in fresh),
-        clamp_seconds=decimal_string(clamp_seconds, 1) if clamp_seconds else "0",
+        clamped_gpus=clamped if clamps or clamped else None,
+        clamp_seconds=decimal_string(sum(clamps), 1) if clamps else None,
         power_cap=power_cap(report.gpus),
         roofline=find_roofline(fresh, instances),
         savings=savings,

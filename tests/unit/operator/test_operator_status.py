@@ -41,9 +41,29 @@ def test_numbers_that_nobody_measured_are_absent():
     (decode, _) = status_of().pools
     assert decode.pods == 1
     assert decode.gpus == 0
-    for name in ("power_watts", "energy_kwh", "tokens_per_second", "joules_per_generated_token", "requested_mhz", "observed_mhz"):
+    for name in (
+        "power_watts",
+        "energy_kwh",
+        "tokens_per_second",
+        "joules_per_generated_token",
+        "requested_mhz",
+        "observed_mhz",
+        "inter_token_latency_ms",
+        "limiters",
+        "clamped_gpus",
+        "clamp_seconds",
+        "roofline",
+    ):
         assert getattr(decode, name) is None, name
     assert decode.power_cap.verdict.value == "Unknown"
+    summary = status_of().summary.model_dump(exclude_none=True)
+    assert summary == {"gpus": 0, "capped": "0/0", "locked": 0, "clock": "1590MHz", "saved": "Unknown"}
+
+
+def test_a_counter_that_no_gpu_has_is_absent_not_zero():
+    gpus = [gpu(0, limiters=Limiters(thermal_seconds="1")), gpu(1, limiters=Limiters(thermal_seconds="0.5"))]
+    limiters = status_of(gpus).pools[0].limiters
+    assert (limiters.thermal_seconds, limiters.power_cap_seconds) == ("1.5", None)
 
 
 def test_a_pool_adds_up():
