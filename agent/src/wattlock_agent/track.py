@@ -63,7 +63,8 @@ class GpuTrack:
             self.recent_cap = RecentCap(float(earlier.recent_busy_seconds), float(earlier.recent_power_cap_seconds))
         self.last: GpuReading | None = None
         self.clamped = False
-        """Whether firmware held the clock below the cap when last capped: a control epoch does not undo the finding."""
+        """Whether firmware held the clock below the present cap when the GPU was last loaded under it: neither a
+        control epoch nor a lull undoes the finding."""
         self.observed_mhz: int | None = None
         """Median SM clock while busy and capped, in MHz, over the last report interval under the last cap: a control
         epoch does not change it."""
@@ -115,9 +116,7 @@ class GpuTrack:
             # What was observed belongs to another request.
             self._cap_mhz, self.observed_mhz, self.clamped = cap_mhz, None, False
         if cap_mhz is not None and settled:
-            self._judge(cap_mhz, step_mhz)
-            if self.clamped:
-                self.clamp_seconds += seconds
+            self._judge(cap_mhz, step_mhz, seconds)
         self.released_mhz = self._median_mhz([each for each in self._within(WINDOW_SECONDS) if each.released])
         if cap_mhz is None or lock_age_seconds is None:
             self.watch = LockWatch(losses=self.watch.losses)
@@ -153,10 +152,11 @@ class GpuTrack:
         busy = [each.sm_mhz for each in moments if each.sm_mhz is not None and each.busy_percent >= BUSY_PERCENT]
         return median_low(busy) if busy else None
 
-    def _judge(self, cap_mhz: int, step_mhz: int) -> None:
+    def _judge(self, cap_mhz: int, step_mhz: int, seconds: float) -> None:
         """Note the clock under this cap, and whether firmware holds it down by more than a step with no limiter acting.
 
-        Readings under another cap do not count: after a rise they would look like a clamp.
+        Readings under another cap do not count: after a rise they would look like a clamp. ``seconds``: since the
+        reading before.
         """
         moments = [m for m in self._within(WINDOW_SECONDS) if m.cap_mhz == cap_mhz and m.sm_mhz is not None]
         self.observed_mhz = self._median_mhz(moments)
@@ -167,12 +167,13 @@ class GpuTrack:
             if moment.busy_percent >= _CLAMP_BUSY_PERCENT
             and newest.at_seconds - moment.at_seconds <= _CLAMP_WINDOW_SECONDS
         ]
-        self.clamped = (
-            len(loaded) >= _CLAMP_MIN_READINGS
-            and loaded[-1] is newest
-            and not any(moment.limited for moment in loaded)
-            and median_low([moment.sm_mhz or 0 for moment in loaded]) < cap_mhz - step_mhz
-        )
+        if len(loaded) >= _CLAMP_MIN_READINGS and loaded[-1] is newest:
+            # The finding stands until a loaded GPU shows otherwise: in a lull nothing is learned.
+            limited = any(moment.limited for moment in loaded)
+            median_mhz = median_low([moment.sm_mhz or 0 for moment in loaded])
+            self.clamped = not limited and median_mhz < cap_mhz - step_mhz
+            if self.clamped:
+                self.clamp_seconds += seconds
 
     def _add_limiters(self, reading: GpuReading, grown: dict[str, float], seconds: float, busy: int) -> bool:
         """Add what the counters grew by; returns whether any limiter acted.

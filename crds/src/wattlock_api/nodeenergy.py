@@ -205,9 +205,11 @@ class GpuStatus(ApiModel):
     """Time at the power cap in them, from the driver's nanosecond counter, in seconds. Absent where the GPU has no such
     counter."""
     clamped: bool = False
-    """Whether the clock is below the cap under load while no limiter acts."""
+    """Whether the clock stays below the cap although no limiter acts: in at least five readings of the last 10 s the
+    GPU was busy for 90 % or more, their median clock is more than one supported step below the cap, and no limiter's
+    counter grew. The finding stands through control epochs and lulls, until the GPU is loaded under the cap again."""
     clamp_seconds: PositiveDecimalString | None = None
-    """Time for which that was so, in seconds."""
+    """Time under load for which that was so, in seconds; the readings that it takes to find out do not count."""
     limiters: Limiters = Limiters()
     """What held the clock down, in seconds, from the driver's nanosecond counters: the time between two readings is
     counted however far they are apart, but not over a restart of the driver."""

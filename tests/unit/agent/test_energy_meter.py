@@ -283,6 +283,18 @@ def test_a_control_epoch_does_not_undo_the_finding():
     assert track.clamp_seconds == before
 
 
+def test_a_lull_neither_undoes_the_finding_nor_counts():
+    track = GpuTrack("uid")
+    run(track, 30, sm_mhz=1755)
+    before = track.clamp_seconds
+    run(track, 60, start=30, sm_mhz=345, busy=0)
+    assert track.clamped
+    assert track.clamp_seconds == before
+    run(track, 12, start=90, sm_mhz=1830)
+    assert not track.clamped
+    assert track.clamp_seconds == before
+
+
 def test_a_clock_one_step_below_the_cap_is_no_clamp():
     track = GpuTrack("uid")
     run(track, 30, sm_mhz=1815)
