@@ -30,9 +30,6 @@ SETTLE_SECONDS = 3.0
 END_MARGIN_SECONDS = 0.3
 SCRAPE_SECONDS = 5.0
 MIN_SAMPLES_SHARE = 0.8
-#: Share of the window under thermal, brake or reliability limiters from which on an epoch is dropped. The power cap is
-#: no reason: that a lower clock keeps the GPU off its power limit is part of its effect.
-MAX_LIMITED_SHARE = 0.05
 #: Energy is interpolated between readings, so the last sample of an epoch is complete only after its end.
 _CLOSE_SECONDS = 4.0
 _MAX_CLOCK_STEP_SECONDS = 0.5
@@ -40,10 +37,15 @@ _MAX_CAPS = 15
 
 
 class Drop(StrEnum):
-    """Why an epoch is not used; the values are the fields of DroppedEpochs."""
+    """Why an epoch is not used; the values are the fields of DroppedEpochs.
+
+    None may depend on the arm: the coin makes capped and released epochs alike only as long as both are dropped for the
+    same things. So limiters are no reason (a lower clock keeps a GPU off its power and thermal limits: that is part of
+    its effect, and without the hot epochs the capped ones that are left had more load), and what would have tripped the
+    guardrail drops a released epoch too (``Switchback.spoil``).
+    """
 
     RESTART = "restart"
-    LIMITER = "limiter"
     NO_TOKENS = "no_tokens"
     SAMPLES = "samples"
     NOT_APPLIED = "not_applied"
@@ -61,8 +63,6 @@ class Sample:
     joules: float
     lives: tuple[object, ...]
     """Changes with every restart of the engine or of an energy counter, and with the set of GPUs."""
-    hot_seconds: float
-    """Time so far under limiters that spoil a comparison, summed over the GPUs."""
     computed_prompt_tokens: float | None = None
 
 
@@ -133,8 +133,6 @@ def judge_epoch(
     seconds = last.unix_seconds - first.unix_seconds
     if seconds < MIN_SAMPLES_SHARE * window_seconds:
         return Drop.SAMPLES
-    if last.hot_seconds - first.hot_seconds > MAX_LIMITED_SHARE * seconds:
-        return Drop.LIMITER
     tokens, joules = last.generated_tokens - first.generated_tokens, last.joules - first.joules
     if joules <= 0 or (needs_tokens and tokens <= 0):
         return Drop.NO_TOKENS
@@ -223,6 +221,14 @@ class Switchback:
         if into_seconds > SETTLE_SECONDS and not as_asked:
             self._open[epoch].as_asked = False
         return self._close(clock.unix_seconds)
+
+    def spoil(self, unix_seconds: float) -> None:
+        """Drop the epoch of this time: serving was so bad that the instance would have been released if it was capped.
+
+        Only in this way both arms lose the same epochs.
+        """
+        if self._experiment is not None and (current := self._open.get(epoch_at(self._experiment, unix_seconds))):
+            current.as_asked = False
 
     def add(self, sample: Sample) -> None:
         """Add a scrape. One that belongs to no open epoch is left out."""

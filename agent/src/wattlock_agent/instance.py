@@ -47,6 +47,8 @@ class InstanceTrack:
         self._samples: deque[Sample] = deque(maxlen=32)
         self._failure: ScrapeFailure | None = None
         self._locked_since_seconds: float | None = None
+        self._compared_since_seconds: float | None = None
+        """Since when it is released for comparison."""
         self._joules = float(before.energy_joules or 0) if before else 0.0
         self._energy_measured = True
         self._complete = False
@@ -55,6 +57,8 @@ class InstanceTrack:
         """When power was last looked at, where there is no page to read."""
         self._evidence = evidence.PromptEvidence()
         self._guardrail = guardrail.GuardrailState(trips=before.guardrail_trips if before else 0)
+        self._would_trip = guardrail.GuardrailState()
+        """The same rule while it is released for comparison."""
         self._restore_trip = before.guardrail_message if before and before.guardrail_tripped else ""
         self.switchback = Switchback(before)
         self.scrape_failures: dict[str, int] = {}
@@ -174,6 +178,10 @@ class InstanceTrack:
             self._locked_since_seconds = None
         elif self._locked_since_seconds is None:
             self._locked_since_seconds = clock.now_seconds
+        if not control:
+            self._compared_since_seconds = None
+        elif self._compared_since_seconds is None:
+            self._compared_since_seconds = clock.now_seconds
         requested = [decision.requested_mhz for decision in decisions if decision.requested_mhz is not None]
         if self._enforced and self._order.experiment is not None and requested:
             # The clock that is really asked of the GPUs, so that statistics and requestedMHz go together.
@@ -244,12 +252,23 @@ class InstanceTrack:
         bounds = self._order.guardrail
         if before is None or bounds is None or not self._enforced:
             return
-        since = self._locked_since_seconds
-        if since is None or since > before.counters.at_seconds:
-            return  # not locked through the whole window: what was slow is not known to be our doing
+        began = before.counters.at_seconds
+        locked = self._locked_since_seconds is not None and self._locked_since_seconds <= began
+        compared = self._compared_since_seconds is not None and self._compared_since_seconds <= began
+        if not (locked or compared):
+            return  # not so through the whole window: what was slow is not known to be our doing
         work_done = difference(before.counters, result)
         total, count = work_done.inter_token_latency_sum_seconds, work_done.inter_token_latency_count
         mean_seconds = total / count if total is not None and count else None
+        if compared:
+            # What would release a capped instance and so drop its epoch must drop a released one too.
+            trips = self._would_trip.trips
+            self._would_trip = guardrail.latency_window(self._would_trip, bounds, clock.now_seconds, mean_seconds)
+            self._confirm = self._would_trip.suspicious
+            if self._would_trip.trips != trips:
+                self._would_trip = guardrail.GuardrailState()
+                self.switchback.spoil(result.at_seconds + clock.offset_seconds)
+            return
         trips = self._guardrail.trips
         self._guardrail = guardrail.latency_window(self._guardrail, bounds, clock.now_seconds, mean_seconds)
         self._confirm = self._guardrail.suspicious
@@ -309,7 +328,6 @@ class InstanceTrack:
                         if point is not None
                     ),
                 ),
-                hot_seconds=sum(track.hot_seconds for track in tracks.values()),
                 computed_prompt_tokens=scrape.counters.computed_prompt_tokens,
             )
             self._samples.append(sample)

@@ -94,11 +94,12 @@ RESOURCES = (
         spec=NodeEnergySpec,
         status=NodeEnergyStatus,
         columns=(
-            Column("Locked", ".status.locked", "integer", "GPUs under a lock"),
+            Column("Capped", ".status.capped", description="GPUs under a cap, of all on the node"),
             Column("Driver", ".status.agent.driverVersion"),
             Column("Writes", ".status.agent.canWrite", "boolean", "Whether the agent may lock clocks"),
             Column("Phase", ".status.phase"),
             Column("Reported", ".status.reportedAt", "date"),
+            Column("Locked", ".status.locked", "integer", "GPUs locked at this moment", wide=True),
             Column("Agent", ".status.agent.pod", wide=True),
             Column("Reason", ".status.agent.reason", wide=True),
             _AGE,

@@ -288,7 +288,7 @@ class Savings(ApiModel):
     instances: int = 0
     """Serving instances behind the estimate that are there now."""
     dropped_epochs: int = 0
-    """Epochs that could not be used: restarts, power or thermal limits, no tokens, missing samples."""
+    """Epochs that could not be used: restarts, no tokens, missing samples, GPUs not as the schedule asked."""
     saved_kwh: DecimalString | None = None
     """Energy of the GPU boards saved so far, in kWh, without PUE. Energy used under the cap while Verified counts, each
     joule once, at the estimate in force then. Falls only while the cap is verified to cost energy (reason

@@ -259,14 +259,13 @@ class DroppedEpochs(ApiModel):
 
     restart: int = 0
     """The serving engine or a counter restarted."""
-    limiter: int = 0
-    """A power or thermal limiter acted in a way that differs between the arms' neighbours."""
     no_tokens: int = 0
     """No tokens were generated."""
     samples: int = 0
     """Fewer than 80 % of the samples."""
     not_applied: int = 0
-    """The GPUs were not as the schedule asked: guardrail, conflict, a late start."""
+    """The GPUs were not as the schedule asked (guardrail, conflict, a late start), or serving was so bad in a released
+    epoch that a capped one would have been released by the guardrail."""
     peers: int = 0
     """The instance's energy on its other nodes is not known for that epoch."""
 
@@ -352,5 +351,8 @@ class NodeEnergyStatus(ApiModel):
     """The GPUs of the node."""
     instances: Annotated[list[InstanceStatus], Field(max_length=256, json_schema_extra=_map_list("key"))] = []
     """The serving instances of the node."""
+    capped: Annotated[str, Field(max_length=16)] | None = None
+    """GPUs under a cap of all GPUs of the node, e.g. 3/4, for kubectl get. GPUs that a control epoch releases for
+    comparison count."""
     locked: int = 0
-    """Number of GPUs under a lock of ours, for kubectl get."""
+    """Number of GPUs under a lock of ours at this moment."""

@@ -377,6 +377,31 @@ def test_latency_over_the_bound_releases_within_ten_seconds(make_node, make_orde
     assert node.locked() == {"GPU-0"}
 
 
+@pytest.mark.parametrize("arm", list(Arm))
+def test_both_arms_lose_the_epochs_in_which_serving_was_bad(make_node, make_order, switchback, schedule, arm):
+    """Else the released epochs of bad times would be kept and the capped ones dropped: that is no fair comparison."""
+    node = make_node(gpus=1)
+    guardrail = {"maxInterTokenLatencyMs": 50, "cooldownSeconds": 10}
+    node.order(make_order(experiment=switchback, guardrail=guardrail))
+    node.run(4)
+    (instance,) = node.agent.instances.values()
+
+    def early_in_the_arm() -> bool:
+        seconds = node.clock.unix_seconds
+        return arm_of(schedule, "decode-0", epoch_at(schedule, seconds)) is arm and 4 <= seconds % 20 < 5
+
+    node.run(60, 0.5)  # whatever the first epochs were dropped for is told by now
+    while not early_in_the_arm():
+        node.run(0.5, 0.5)
+    before = instance.switchback.dropped().not_applied
+    node.latency_seconds = 0.080
+    node.run(9, 0.5)
+    node.latency_seconds = 0.010
+    node.run(24, 0.5)
+    assert instance.switchback.dropped().not_applied > before
+    assert instance.guardrail_trips == (1 if arm is Arm.CAP else 0)
+
+
 def test_pages_are_read_more_often_where_latency_is_bounded(make_node, make_order):
     node = make_node(gpus=1)
     node.order(make_order())

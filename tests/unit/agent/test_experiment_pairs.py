@@ -17,9 +17,7 @@ START = 1_800_000_000.0
 
 def samples(start=START, times=(3, 8, 13, 18, 19.7), tokens_per_second=1000.0, watts=500.0):
     return [
-        Sample(
-            start + t, tokens_per_second * t, 0.01 * tokens_per_second * t, tokens_per_second * t, watts * t, (0,), 0.0
-        )
+        Sample(start + t, tokens_per_second * t, 0.01 * tokens_per_second * t, tokens_per_second * t, watts * t, (0,))
         for t in times
     ]
 
@@ -42,7 +40,6 @@ def test_measures_between_first_and_last_scrape():
         (lambda given: [], Drop.SAMPLES),
         (lambda given: [*given[:4], replace(given[4], lives=(1,))], Drop.RESTART),
         (lambda given: [replace(each, generated_tokens=5.0) for each in given], Drop.NO_TOKENS),
-        (lambda given: [*given[:4], replace(given[4], hot_seconds=1.0)], Drop.LIMITER),
     ],
 )
 def test_drops_what_cannot_be_compared(spoil, drop):
@@ -51,11 +48,6 @@ def test_drops_what_cannot_be_compared(spoil, drop):
 
 def test_an_epoch_that_was_not_as_scheduled_is_dropped():
     assert judge(samples(), as_asked=False) is Drop.NOT_APPLIED
-
-
-def test_a_short_limiter_is_no_reason_to_drop():
-    given = samples()
-    assert judge([*given[:4], replace(given[4], hot_seconds=0.5)]).joules > 0
 
 
 def run_epochs(switchback, instance, epochs, effect, noise, draw, cap_mhz=1590, spoiled=frozenset(), slower=0.0):
@@ -76,7 +68,7 @@ def run_epochs(switchback, instance, epochs, effect, noise, draw, cap_mhz=1590, 
             before = offset
             unix = start + offset
             switchback.note(Clock(unix - START, unix), epoch not in spoiled)
-            switchback.add(Sample(unix, tokens, tokens * 0.01, tokens, joules, (0,), 0.0))
+            switchback.add(Sample(unix, tokens, tokens * 0.01, tokens, joules, (0,)))
     end = (first + epochs) * 20.0 + 5
     switchback.note(Clock(end - START, end), True)
 
