@@ -80,6 +80,12 @@ def _without_data(pairs: int, locked: bool, report: PoolReport) -> tuple[Savings
     """Return why there are fewer than six pairs."""
     if pairs == 0 and not locked:
         return SavingsVerdict.UNKNOWN, Reason.NOTHING_LOCKED, "no GPU of the pool is capped, so nothing is compared"
+    if pairs == 0 and report.gpus and all(entry.gpu.energy_reason for entry in report.gpus):
+        return (
+            SavingsVerdict.UNKNOWN,
+            Reason.NO_ENERGY_COUNTER,
+            "the pool's GPUs do not count their energy, so energy for each token cannot be measured on them",
+        )
     if pairs == 0 and all(item.instance.tokens_per_second is None for item in report.instances):
         example = next((item.instance.message for item in report.instances if item.instance.message), "")
         return (
