@@ -45,6 +45,7 @@ def build_status(
         agent=_agent(outlook, version, pod_name),
         gpus=gpus,
         instances=[*_instances(outlook, instances), *parted][:MAX_INSTANCES],
+        capped=f"{sum(gpu.reason in (Reason.LOCKED, Reason.CONTROL_EPOCH) for gpu in gpus)}/{len(gpus)}",
         locked=sum(gpu.state is GpuState.LOCKED for gpu in gpus),
     )
 
