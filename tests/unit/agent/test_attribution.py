@@ -1,0 +1,175 @@
+"""Whose energy and whose tokens: GPUs that change hands, pods that come and go, roles, idle instances."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from wattlock_agent.holders.base import PodName
+from wattlock_agent.rates import Scrape, work_rates
+from wattlock_agent.report import build_status
+from wattlock_agent.serving.pages import parse_page
+
+DATA = Path(__file__).parents[2] / "data"
+
+
+def status_of(node):
+    agent = node.agent
+    return build_status(agent.outlook, agent.tracks, agent.instances, "1", "agent", False, agent.parted)
+
+
+def energies(node):
+    """Joules by instance."""
+    return {each.instance: float(each.energy_joules or 0) for each in status_of(node).instances}
+
+
+def give(node, pod):
+    node.pods = {"GPU-0": (PodName("llm", pod),)} if pod else {}
+
+
+def test_a_gpu_that_changes_hands_bills_each_holder_for_its_time(make_node, make_order):
+    node = make_node(gpus=1)
+    node.order(make_order("a"), make_order("b"))
+    give(node, "a")
+    node.run(30)
+    node.driver.watts = 100.0
+    before = energies(node)
+    give(node, "b")
+    node.run(30)
+    after = energies(node)
+    # The kubelet is asked every 5 s: until it says so the GPU is a's.
+    assert after["a"] - before["a"] + after["b"] == pytest.approx(30 * 100)
+    assert 0 <= after["a"] - before["a"] <= 6 * 100
+    gpu = status_of(node).gpus[0]
+    assert (gpu.holder.name, float(gpu.energy_joules)) == ("b", pytest.approx(after["b"]))
+
+
+def test_a_pod_replaced_in_the_middle_of_an_epoch_costs_that_epoch(make_node, make_order, switchback):
+    node = make_node(gpus=1)
+    node.order(make_order("a", experiment=switchback))
+    give(node, "a")
+    node.run(10 + 20 * 4)
+    used = status_of(node).instances[0].arms
+    node.order(make_order("b", instance="a", experiment=switchback), generation=2)
+    give(node, "b")
+    node.run(20 * 4)
+    (entry,) = status_of(node).instances
+    assert entry.dropped.restart + entry.dropped.not_applied + entry.dropped.samples >= 1
+    # No epoch has energy of one pod and tokens of two: each one's joules fit its seconds.
+    for arm in entry.arms:
+        assert float(arm.joules) / float(arm.seconds) == pytest.approx(500, rel=0.001)
+    assert sum(float(arm.seconds) for arm in entry.arms) > sum(float(arm.seconds) for arm in used)
+
+
+def test_the_last_joules_of_an_instance_are_told_after_its_order_went_away(make_node, make_order):
+    node = make_node(gpus=1)
+    node.order(make_order("a"))
+    give(node, "a")
+    node.run(30)
+    before = energies(node)["a"]
+    node.order(generation=2)
+    give(node, None)
+    node.run(10)
+    assert energies(node)["a"] == pytest.approx(before + 500, abs=0.2)  # the second in which the order went
+    told = energies(node)["a"]
+    node.run(20)
+    assert energies(node) == {"a": told}
+    node.run(60)
+    assert energies(node) == {}
+
+
+def test_a_silent_kubelet_costs_a_gap_that_is_told(make_node, make_order):
+    node = make_node(gpus=1)
+    node.order(make_order("a"))
+    give(node, "a")
+    node.run(30)
+    before = float(status_of(node).gpus[0].energy_joules)
+    node.kubelet_up = False
+    node.run(60)
+    node.kubelet_up = True
+    node.run(20)
+    gpu = status_of(node).gpus[0]
+    assert gpu.holder.name == "a"
+    assert float(gpu.energy_joules) > before  # goes on where it was, not from what an earlier agent had told
+    assert gpu.energy_gaps >= 1
+
+
+HANDS = st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.integers(1, 25)), min_size=1, max_size=8)
+
+
+# The fixtures are functions: nothing of one example is left for the next.
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(HANDS, st.integers(50, 700))
+def test_no_joule_is_billed_twice_and_none_is_lost_while_the_holder_is_known(make_node, make_order, hands, watts):
+    node = make_node(gpus=1)
+    node.order(make_order("a"), make_order("b"), make_order("c"))
+    node.driver.watts = float(watts)
+    for pod, seconds in hands:
+        give(node, pod)
+        node.run(seconds)
+    billed = sum(energies(node).values())
+    total = node.driver.energy_mj / 1000
+    assert billed <= total + 0.2
+    held_seconds = sum(seconds for pod, seconds in hands if pod)
+    # Lost are the times when nobody is known to hold it, and up to 7 s until the kubelet was asked.
+    assert billed >= watts * (held_seconds - 7 * len(hands)) - 0.2
+
+
+def test_prefill_is_billed_by_computed_prompt_tokens(make_node, make_order):
+    node = make_node()
+    node.prompt_share = 4.0
+    node.order(make_order(role="Prefill", pool="prefill", capMHz=None))
+    node.run(40)
+    (entry,) = status_of(node).instances
+    assert entry.joules_per_generated_token is None
+    assert float(entry.joules_per_prompt_token) == pytest.approx(500 / 4000, rel=0.01)
+
+
+def test_an_idle_instance_has_watts_and_no_joules_per_token_and_says_so(make_node, make_order):
+    node = make_node()
+    node.tokens_per_second = 0.0
+    node.order(make_order())
+    node.run(40)
+    status = status_of(node)
+    (entry,) = status.instances
+    assert status.gpus[0].power_watts == 500
+    assert (entry.tokens_per_second, entry.joules_per_generated_token) == ("0.0", None)
+    assert (entry.token_energy_reason, entry.reason) == ("NoTokens", "")
+    node.tokens_per_second = 100.0
+    node.run(40)
+    (entry,) = status_of(node).instances
+    assert (entry.token_energy_reason, float(entry.joules_per_generated_token)) == ("", pytest.approx(5, rel=0.01))
+
+
+def test_pods_of_an_instance_on_one_node_count_together_or_not_at_all(make_node, make_order):
+    node = make_node()
+    both = [make_order("decode-0", instance="big/0"), make_order("decode-1", instance="big/0", metricsURL=None)]
+    node.order(*both)
+    node.run(40)
+    (entry,) = status_of(node).instances
+    assert float(entry.joules_per_generated_token) == pytest.approx(1.0, rel=0.01)  # two GPUs
+    node.pods.pop("GPU-1")
+    node.run(40)
+    (entry,) = status_of(node).instances
+    assert entry.joules_per_generated_token is None
+    assert entry.reason == "PodNotOnNode"
+
+
+def scrape(name, at_seconds):
+    return Scrape(parse_page((DATA / name).read_bytes(), at_seconds), 1.8e9 + at_seconds, 0, True)
+
+
+def test_the_recorded_pages_tell_their_arithmetic_intensity():
+    pages = [scrape("vllm-0.32.0-metrics-t0.txt", 0.0), scrape("vllm-0.32.0-metrics-t1.txt", 5.0217)]
+    rates = work_rates(pages, 0, 6.0)
+    assert float(rates["estimated_gigaflops"]) == pytest.approx(18.426040320 / 5.0217, rel=1e-6)
+    assert float(rates["estimated_gigabytes"]) == pytest.approx(6.617308160 / 5.0217, rel=1e-6)
+    assert float(rates["tokens_per_second"]) == pytest.approx(2083.6, abs=0.1)
+    assert rates["kv_cache_usage_percent"] == "0.0"
+
+
+def test_an_engine_that_estimates_nothing_has_no_intensity():
+    page = "vllm-0.32.0-overload.txt"
+    rates = work_rates([scrape(page, 0.0), scrape(page, 5.0)], 0, 6.0)
+    assert "estimated_gigaflops" not in rates
+    assert (rates["waiting_requests"], rates["kv_cache_usage_percent"]) == (10, "100.0")
