@@ -149,7 +149,8 @@ def enforce() -> dict[str, Any]:
     heading(f"Enforce: cap the decode GPUs at {CAP_MHZ} MHz and prove the saving")
     shown("kubectl", "-n", NAMESPACE, "patch", "epol", POLICY, "--type=merge", "-p", '{"spec":{"mode":"Enforce"}}')
     print(
-        "  In randomly drawn epochs of 20 s a GPU is released for comparison, so LOCKED goes up and down.\n"
+        "  In randomly drawn epochs of 20 s a GPU is released for comparison, so status.summary.locked goes up\n"
+        "  and down; CAPPED counts such a GPU on, since it is under the experiment that the cap is part of.\n"
         "  Enough pairs of epochs take a minute or two."
     )
     status = watch("the saving is Verified", lambda s: condition(s, "Verified").get("status") == "True", 600)
