@@ -1,7 +1,8 @@
 """Plays a recorded trace of a real GPU (tests/data/*-trace.json.gz) to the agent, as its driver.
 
 The recording has the reason bits and no nanosecond counters. A counter is the time for which its bit was set, so the
-counters are made from the bits: a row's bits hold until the next row.
+counters are made from the bits: a row's bits hold until the next row. (Checked on a real H200, driver 580.159.04:
+counter 74 grew by 45.23 s while the bit, read 50 times a second, was set for 45.32 s of 106 s.)
 """
 
 import gzip

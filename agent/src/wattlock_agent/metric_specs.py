@@ -44,14 +44,14 @@ GPU_POWER = MetricSpec(
     "wattlock_gpu_power_watts",
     "gauge",
     "watts",
-    "Mean power of the board over the last report interval, from its energy counter",
+    "Mean power of the board over the last 20 s, from its energy counter",
     GPU,
 )
 GPU_PEAK_POWER = MetricSpec(
     "wattlock_gpu_peak_power_watts",
     "gauge",
     "watts",
-    "Highest instantaneous power of the board in the last report interval",
+    "Highest instantaneous power of the board in its readings of the last 20 s",
     GPU,
 )
 GPU_POWER_LIMIT = MetricSpec("wattlock_gpu_power_limit_watts", "gauge", "watts", "Enforced power limit", GPU)
@@ -64,7 +64,11 @@ GPU_REQUESTED_CLOCK = MetricSpec(
     GPU,
 )
 GPU_OBSERVED_CLOCK = MetricSpec(
-    "wattlock_gpu_observed_sm_clock_hertz", "gauge", "hertz", "Median SM clock while busy and capped", GPU
+    "wattlock_gpu_observed_sm_clock_hertz",
+    "gauge",
+    "hertz",
+    "Median SM clock while busy, of the last 20 s (under the cap, where one is asked for)",
+    GPU,
 )
 GPU_CLAMPED = MetricSpec(
     "wattlock_gpu_clamped", "gauge", "", "1 when firmware holds the clock below the cap while no limiter acts", GPU
@@ -75,6 +79,13 @@ GPU_ENERGY = MetricSpec(
     "counter",
     "joules",
     "Energy of the board since it is tracked for its holder, from its energy counter",
+    GPU,
+)
+GPU_ENERGY_GAPS = MetricSpec(
+    "wattlock_gpu_energy_gaps_total",
+    "counter",
+    "",
+    "Intervals that are not in the energy: the driver or GPU restarted, or the counter jumped",
     GPU,
 )
 GPU_BUSY = MetricSpec("wattlock_gpu_busy_seconds_total", "counter", "seconds", "Time with work", GPU)

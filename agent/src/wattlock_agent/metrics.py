@@ -127,6 +127,7 @@ def _gpus(page: _Page, snapshot: Snapshot) -> None:
         for each in GpuState:
             page.add(specs.GPU_STATE, gpu.state is each, *labels, each.value)
         page.add(specs.GPU_ENERGY, gpu.energy_joules, *labels)
+        page.add(specs.GPU_ENERGY_GAPS, gpu.energy_gaps, *labels)
         page.add(specs.GPU_BUSY, gpu.busy_seconds, *labels)
         page.add(specs.GPU_CLAMP, gpu.clamp_seconds, *labels)
         for cause in _CAUSES:
