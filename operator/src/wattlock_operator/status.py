@@ -51,12 +51,13 @@ def _range(numbers: Sequence[int]) -> str | None:
 
 
 def _saved_kwh(pools: Sequence[PoolStatus]) -> str | None:
-    """Return the sum over the pools, with three digits that count and no more than two places after the point."""
+    """Return the sum over the pools for reading: four places below a kilowatt-hour, fewer and fewer above."""
     known = [number(pool.savings.saved_kwh) for pool in pools if pool.savings and pool.savings.saved_kwh is not None]
     if not known:
         return None
     total = sum(known)
-    return f"{total:.0f}" if abs(total) >= 100 else f"{total:.{1 if abs(total) >= 10 else 2}f}"
+    places = next((places for places, least in enumerate((100, 10, 1)) if abs(total) >= least), 4)
+    return f"{total:.{places}f}"
 
 
 def _saved(findings: Sequence[Finding]) -> str | None:

@@ -5,13 +5,15 @@ import dataclasses
 import pytest
 from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
 from wattlock_api.base import Condition, timestamp
-from wattlock_api.energypolicy import EnergyPolicyStatus, Limiters
+from wattlock_api.energypolicy import EnergyPolicyStatus, Limiters, PoolStatus, Savings
 from wattlock_api.nodeenergy import Moments, PairStats
+from wattlock_operator.conditions import Facts, find_conditions
 from wattlock_operator.decide import Memory, decide
 from wattlock_operator.events import BURST, REFILL_SECONDS, REPEAT_SECONDS, Told, tell
 from wattlock_operator.lease import DURATION_SECONDS, LeaseView, may_take
 from wattlock_operator.metrics import Metrics
 from wattlock_operator.settings import SettingsError, from_environment
+from wattlock_operator.status import summary
 
 PODS = (pod("d0", DECODE), pod("p0", PREFILL), agent_pod("n1"))
 
@@ -210,11 +212,34 @@ def test_a_cap_that_costs_energy_is_said_by_the_condition():
     assert "raise or remove" in found.message
 
 
+def test_a_cap_that_costs_energy_is_said_wherever_it_stands():
+    def pool(name: str, reason: str) -> PoolStatus:
+        savings = Savings(method="Switchback", verdict="Verified", reason=reason, message="-5.1%")
+        return PoolStatus(name=name, role="Decode", savings=savings)
+
+    pools = [pool("good", "IntervalExcludesZero"), pool("bad", "CapCostsEnergy")]
+    (found,) = [entry for entry in find_conditions(Facts(policy(), pools)) if entry.type == "Verified"]
+    assert (found.status, found.reason) == (True, "CapCostsEnergy")
+    assert "pool good" in found.message
+    assert "pool bad: the cap is verified to cost energy" in found.message
+
+
+@pytest.mark.parametrize(
+    ("kwh", "shown"),
+    [("0.000419", "0.0004"), ("1.234567", "1.23"), ("12.345", "12.3"), ("-1234.5", "-1234"), (None, None)],
+)
+def test_the_saving_of_all_pools_is_told_in_a_few_digits(kwh, shown):
+    savings = Savings(method="Switchback", verdict="Verified", reason="r", message="m", saved_kwh=kwh)
+    pools = [PoolStatus(name="a", role="Decode", savings=savings), PoolStatus(name="b", role="Prefill")]
+    assert summary(policy(), pools, []).saved_kwh == shown
+
+
 def test_control_epochs_do_not_move_what_people_look_at():
     capped = status_of([gpu(0), gpu(1)])
     turn = status_of([gpu(0), gpu(1, state="Released", reason="ControlEpoch")])
     assert capped.summary.capped == turn.summary.capped == "2/2"
     assert (capped.pools[0].locked, turn.pools[0].locked) == (2, 1)
+    assert state(capped, "Enforced") == state(turn, "Enforced") == ("True", "Capped")
     refused = status_of([gpu(0), gpu(1, state="Released", reason="Guardrail", requested_mhz=None)])
     assert refused.summary.capped == "1/2"
 
