@@ -110,11 +110,18 @@ class _Pairs:
 
 
 def judge_epoch(
-    experiment: Experiment, epoch: int, samples: Sequence[Sample], as_asked: bool, needs_tokens: bool = True
+    experiment: Experiment,
+    epoch: int,
+    samples: Sequence[Sample],
+    as_asked: bool,
+    needs_tokens: bool = True,
+    lives_before: tuple[object, ...] | None = None,
 ) -> EpochResult | Drop:
     """Return what was measured in the epoch, or why it cannot be used.
 
     ``needs_tokens`` is False where only the energy is measured: the tokens are counted on another node.
+    ``lives_before`` are those of the last sample before the epoch. An engine takes half a minute to start and answers
+    nothing in the meantime: the epoch in which it comes back lacks samples because of the restart.
     """
     start = epoch_start_seconds(experiment, epoch)
     inside = sorted(
@@ -127,12 +134,14 @@ def judge_epoch(
         return Drop.RESTART
     window_seconds = experiment.epoch_seconds - SETTLE_SECONDS - END_MARGIN_SECONDS
     expected = 2 + int(window_seconds // SCRAPE_SECONDS)
+    came_back = lives_before is not None and any(each.lives != lives_before for each in inside)
+    too_few = Drop.RESTART if came_back else Drop.SAMPLES
     if len(inside) < MIN_SAMPLES_SHARE * expected:
-        return Drop.SAMPLES
+        return too_few
     first, last = inside[0], inside[-1]
     seconds = last.unix_seconds - first.unix_seconds
     if seconds < MIN_SAMPLES_SHARE * window_seconds:
-        return Drop.SAMPLES
+        return too_few
     tokens, joules = last.generated_tokens - first.generated_tokens, last.joules - first.joules
     if joules <= 0 or (needs_tokens and tokens <= 0):
         return Drop.NO_TOKENS
@@ -162,6 +171,7 @@ class Switchback:
         self._waiting: dict[int, EpochResult] = {}
         self._epochs: deque[EpochPower] = deque(maxlen=KEPT_EPOCHS)
         self._offset_seconds: float | None = None
+        self._lives: tuple[object, ...] | None = None
         self._dropped = dict.fromkeys(Drop, 0)
         self._arms: dict[int, tuple[float, float, float]] = {}
         self._sums: dict[int, _Sums] = {}
@@ -182,6 +192,7 @@ class Switchback:
             return
         self._experiment, self._instance, self._cap_mhz = experiment, instance, cap_mhz or 0
         self._peers = Peers(span)
+        self._lives = None
         for each in (self._open, self._local, self._whole, self._waiting, self._epochs):
             each.clear()
 
@@ -282,7 +293,9 @@ class Switchback:
                 continue
             closing = self._open.pop(epoch)
             counts = self._peers.serves
-            result = judge_epoch(experiment, epoch, closing.samples, closing.as_asked, needs_tokens=counts)
+            result = judge_epoch(experiment, epoch, closing.samples, closing.as_asked, counts, self._lives)
+            if closing.samples:
+                self._lives = closing.samples[-1].lives
             if not counts:
                 watts = None if isinstance(result, Drop) else decimal_string(result.joules / result.seconds, 3)
                 self._epochs.append(EpochPower(epoch=epoch, watts=watts))

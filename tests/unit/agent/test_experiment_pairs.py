@@ -46,6 +46,28 @@ def test_drops_what_cannot_be_compared(spoil, drop):
     assert judge(spoil(samples())) is drop
 
 
+def test_an_engine_that_takes_long_to_come_back_costs_epochs_by_restart():
+    switchback = Switchback()
+    switchback.configure(EXPERIMENT, "decode-0", 1590)
+
+    def run(epoch, times, life):
+        for second in range(20):
+            unix = START + 20 * epoch + second
+            switchback.note(Clock(unix - START, unix), True)
+            for sample in samples(START + 20 * epoch, [each for each in times if second <= each < second + 1]):
+                switchback.add(replace(sample, lives=(life,)))
+
+    run(0, (3, 8, 13, 18, 19.7), 0)
+    run(1, (3, 8), 0)  # killed
+    run(2, (), 0)
+    run(3, (18, 19.7), 1)  # back
+    run(4, (3, 8, 13, 18, 19.7), 1)
+    run(5, (), 1)
+    dropped = switchback.dropped()
+    assert (dropped.restart, dropped.samples) == (1, 2)
+    assert sum(float(arm.generated_tokens) for arm in switchback.arms()) == pytest.approx(2 * 16_700)
+
+
 def test_an_epoch_that_was_not_as_scheduled_is_dropped():
     assert judge(samples(), as_asked=False) is Drop.NOT_APPLIED
 
