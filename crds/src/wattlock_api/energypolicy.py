@@ -18,6 +18,7 @@ from wattlock_api.base import (
     cel,
 )
 from wattlock_api.constants import Architecture, Mode, PowerCapVerdict, Role, RooflineVerdict, SavingsVerdict
+from wattlock_api.pairs import PairStats
 
 
 class Clock(ApiModel):
@@ -287,6 +288,13 @@ class Savings(ApiModel):
     """Pairs of neighbouring epochs behind the estimate: the unit of the confidence interval."""
     instances: int = 0
     """Serving instances behind the estimate that are there now."""
+    departed: Annotated[
+        list[PairStats],
+        Field(
+            max_length=16, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["capMHz"]}
+        ),
+    ] = []
+    """Sums over the pairs of pods that are gone, by cap: what was measured stays in the estimate."""
     dropped_epochs: int = 0
     """Epochs that could not be used: restarts, no tokens, missing samples, GPUs not as the schedule asked."""
     saved_kwh: DecimalString | None = None

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from wattlock_api.base import (
     ApiModel,
-    DecimalString,
     ObjectRef,
     PositiveDecimalString,
     ReasonName,
@@ -20,6 +19,8 @@ from wattlock_api.base import (
 )
 from wattlock_api.constants import GpuState, Mode, Role
 from wattlock_api.energypolicy import Guardrail, Limiters
+from wattlock_api.pairs import Moments as Moments
+from wattlock_api.pairs import PairStats as PairStats
 from wattlock_api.schedule import Experiment
 
 #: The scheme and a literal address: an agent never resolves a name.
@@ -194,8 +195,8 @@ class GpuStatus(ApiModel):
     energy_reason: ReasonName = ""
     """Why there is no energy and no power, one word; empty when there is."""
     energy_gaps: int = 0
-    """Intervals that are not in energyJoules: the driver or the GPU restarted, or the counter jumped by more than the
-    board can use."""
+    """Intervals that are not in energyJoules: the agent, the driver or the GPU restarted, or the counter jumped by more
+    than the board can use."""
     busy_seconds: PositiveDecimalString | None = None
     """Time with work, in seconds: utilisation, read once a second, times the time since the reading before. Gaps of
     more than two readings do not count."""
@@ -226,32 +227,6 @@ class ArmTotals(ApiModel):
     """GPU-board energy, in joules."""
     generated_tokens: PositiveDecimalString = "0"
     """Generated tokens."""
-
-
-class Moments(ApiModel):
-    """Sum and sum of squares of a paired log ratio, log(cap) - log(control)."""
-
-    total: DecimalString = "0"
-    """Sum over the pairs."""
-    squares: PositiveDecimalString = "0"
-    """Sum of the squares."""
-
-
-class PairStats(ApiModel):
-    """Sufficient statistics of the paired epochs of one cap against control."""
-
-    cap_mhz: Annotated[int, Field(ge=100, le=5000)]
-    """The cap, in MHz."""
-    pairs: int = 0
-    """Number of pairs of neighbouring epochs."""
-    energy: Moments = Moments()
-    """Of joules for each generated token."""
-    throughput: Moments = Moments()
-    """Of generated tokens per second."""
-    latency_pairs: int = 0
-    """Pairs in which the inter-token latency was measured in both epochs."""
-    latency: Moments = Moments()
-    """Of the mean inter-token latency, over latencyPairs."""
 
 
 class DroppedEpochs(ApiModel):

@@ -9,6 +9,7 @@ from wattlock_api.nodeenergy import Order
 
 from wattlock_operator.accounting import Account
 from wattlock_operator.events import Telling, Told, tell
+from wattlock_operator.ledger import Ledger
 from wattlock_operator.orders import Orders, give_orders
 from wattlock_operator.peerpower import peer_powers
 from wattlock_operator.placement import DaemonSets, TemplateError, plan_daemon_sets
@@ -38,6 +39,7 @@ class Memory:
     """What a decision must know of earlier ones. Losing it (a restart) loses nothing that matters."""
 
     accounts: Mapping[PoolKey, Account] = field(default_factory=dict)
+    ledgers: Mapping[PoolKey, Ledger] = field(default_factory=dict)
     written: Mapping[str, Written] = field(default_factory=dict)
     """By policy UID."""
     ordered_nodes: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -132,6 +134,7 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
     reports = collect(world, now_seconds)
     statuses: dict[str, EnergyPolicyStatus] = {}
     accounts: dict[PoolKey, Account] = {}
+    ledgers: dict[PoolKey, Ledger] = {}
     write_statuses: list[tuple[PolicyView, EnergyPolicyStatus]] = []
     written: dict[str, Written] = {}
     tellings: list[Telling] = []
@@ -145,12 +148,14 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
             orders,
             reports,
             memory.accounts,
+            memory.ledgers,
             before,
             releases.get(policy.uid),
             template_problem,
             now_seconds,
         )
         accounts.update(report.accounts)
+        ledgers.update(report.ledgers)
         statuses[policy.uid] = report.status
         since = now_seconds - last.at_seconds if last else float("inf")
         urgent = urgent_change(before, report.status)
@@ -173,5 +178,5 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         tellings=tuple(tellings),
         released=frozenset(uid for uid, release in releases.items() if release.complete),
         again_soon=again_soon,
-        memory=Memory(accounts, written, ordered_nodes, told, powers_at),
+        memory=Memory(accounts, ledgers, written, ordered_nodes, told, powers_at),
     )

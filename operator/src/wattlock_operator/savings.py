@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wattlock_api.base import decimal_string
 from wattlock_api.constants import Mode, Reason, SavingsVerdict
 from wattlock_api.energypolicy import Cost, Savings, Verification
-from wattlock_api.nodeenergy import Moments, PairStats
+from wattlock_api.pairs import PairStats
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Saved, Worth
+from wattlock_operator.ledger import Tallies, Tally, published, tally_of
 from wattlock_operator.pooling import Effect, Percent, Sample, change_percent, pool, saving_percent
-from wattlock_operator.reports import NodeInstance, PoolReport, number
+from wattlock_operator.reports import NodeInstance, PoolReport
 from wattlock_operator.verdict import (
     MIN_PAIRS,
     VERIFIED,
@@ -63,13 +64,14 @@ def current_stats(report: PoolReport, item: NodeInstance) -> PairStats | None:
     return None if requested else max(stats, key=lambda entry: entry.pairs, default=None)
 
 
-def _pooled(parts: Sequence[tuple[int, Moments]]) -> Pooled | None:
-    """Return what the pairs of all instances say about one quantity, each given as pairs and moments."""
-    samples = [Sample(pairs, number(moments.total), number(moments.squares)) for pairs, moments in parts]
+def _pooled(samples: Sequence[Sample], gone: Sample) -> Pooled | None:
+    """Return what all pairs say about one quantity. Those of pods that are gone form a stratum of their own."""
+    samples = [*samples, gone]
     effect = pool(samples)
     if effect is None:
         return None
-    return Pooled(effect, sum(sample.total for sample in samples), sum(sample.squares for sample in samples))
+    there = replace(effect, instances=effect.instances - bool(gone.pairs))
+    return Pooled(there, sum(sample.total for sample in samples), sum(sample.squares for sample in samples))
 
 
 def _ends(percent: Percent) -> list[str]:
@@ -101,8 +103,9 @@ def _without_data(pairs: int, locked: bool, report: PoolReport) -> tuple[Savings
     )
 
 
-def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> Finding:
-    """Return the verdict on a Decode pool."""
+def find_saving(verification: Verification, mode: Mode, report: PoolReport, departed: Tallies | None = None) -> Finding:
+    """Return the verdict on a Decode pool. ``departed``: sums over the pairs of its pods that are gone."""
+    departed = departed or {}
     if verification.method == "None":
         return Finding(
             Savings(
@@ -110,13 +113,21 @@ def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> F
                 verdict=SavingsVerdict.UNKNOWN,
                 reason=Reason.VERIFICATION_OFF.value,
                 message="verification.method is None: write Switchback to measure the saving",
+                departed=published(departed),
             )
         )
     # An instance on several nodes has its pairs, with the energy of all of them, on the node that counts its tokens.
     found = [entry for item in report.instances if (entry := current_stats(report, item)) is not None]
-    energy = _pooled([(entry.pairs, entry.energy) for entry in found])
-    throughput = _pooled([(entry.pairs, entry.throughput) for entry in found])
-    latency = _pooled([(entry.latency_pairs, entry.latency) for entry in found])
+    caps_mhz = frozenset(entry.cap_mhz for entry in found)
+    asked_mhz = {entry.gpu.requested_mhz for entry in report.gpus} - {None}
+    used = {cap_mhz: tally for cap_mhz, tally in departed.items() if cap_mhz in caps_mhz | asked_mhz}
+    there = [tally_of(entry) for entry in found]
+    gone = sum(used.values(), Tally())
+    energy = _pooled([Sample(each.pairs, *each.energy) for each in there], Sample(gone.pairs, *gone.energy))
+    throughput = _pooled([Sample(each.pairs, *each.throughput) for each in there], Sample(gone.pairs, *gone.throughput))
+    latency = _pooled(
+        [Sample(each.latency_pairs, *each.latency) for each in there], Sample(gone.latency_pairs, *gone.latency)
+    )
     locked = mode is Mode.ENFORCE and any(entry.gpu.requested_mhz is not None for entry in report.gpus)
     reason = judge(energy)
     if energy is None or reason is Reason.TOO_FEW_PAIRS:
@@ -145,10 +156,10 @@ def find_saving(verification: Verification, mode: Mode, report: PoolReport) -> F
         inter_token_latency_change_ci95=_ends(slower) if slower else None,
         pairs=energy.effect.pairs if energy else 0,
         instances=energy.effect.instances if energy else 0,
+        departed=published(departed),
         dropped_epochs=_dropped(report.instances),
     )
-    caps_mhz = frozenset(entry.cap_mhz for entry in found)
-    return Finding(savings, energy.effect if energy else None, always, caps_mhz)
+    return Finding(savings, energy.effect if energy else None, always, caps_mhz | used.keys())
 
 
 def _dropped(items: Sequence[NodeInstance]) -> int:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from wattlock_api.base import parse_timestamp
 from wattlock_api.constants import Mode, Reason, Role, SavingsVerdict
 from wattlock_api.energypolicy import EnergyPolicyStatus, PoolStatus, Summary
+from wattlock_api.pairs import PairStats
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Account, Saved, Sums, open_or_advance
 from wattlock_operator.conditions import Facts, dated, find_conditions
+from wattlock_operator.ledger import Ledger, advance, opening
 from wattlock_operator.orders import Orders
 from wattlock_operator.pooling import saving_percent
 from wattlock_operator.poolstatus import held_orders, pod_problems, pool_status
@@ -27,6 +29,7 @@ class PolicyReport:
 
     status: EnergyPolicyStatus
     accounts: Mapping[PoolKey, Account]
+    ledgers: Mapping[PoolKey, Ledger]
 
 
 def lagging_nodes(world: World, orders: Orders, uid: str) -> tuple[str, ...]:
@@ -117,12 +120,18 @@ def _sums(pool: PoolStatus | None) -> Sums:
     )
 
 
+def departed_pairs(pool: PoolStatus | None) -> Sequence[PairStats]:
+    """Return what a status says about the pairs of pods that are gone."""
+    return pool.savings.departed if pool is not None and pool.savings is not None else ()
+
+
 def report_policy(
     policy: PolicyView,
     world: World,
     orders: Orders,
     reports: Mapping[PoolKey, PoolReport],
     accounts: Mapping[PoolKey, Account],
+    ledgers: Mapping[PoolKey, Ledger],
     before: EnergyPolicyStatus | None,
     release: Release | None,
     template_problem: str,
@@ -136,12 +145,15 @@ def report_policy(
     previous = {pool.name: pool for pool in before.pools}
     pools, pool_reports, findings = [], [], []
     kept: dict[PoolKey, Account] = {}
+    kept_ledgers: dict[PoolKey, Ledger] = {}
     for pool in policy.spec.pools if policy.spec else ():
         key = (policy.uid, pool.name)
         report = reports.get(key, PoolReport())
         finding = None
         if policy.spec is not None and pool.role is Role.DECODE:
-            finding = find_saving(policy.spec.verification, policy.spec.mode, report)
+            ledger = ledgers.get(key) or opening(departed_pairs(previous.get(pool.name)))
+            ledger = kept_ledgers[key] = advance(ledger, report)
+            finding = find_saving(policy.spec.verification, policy.spec.mode, report, ledger.departed)
             findings.append(finding)
         worth = finding.worth if finding else None
         account = kept[key] = open_or_advance(accounts, key, report, _sums(previous.get(pool.name)), worth)
@@ -171,7 +183,7 @@ def report_policy(
         pools=pools,
         measured_at=max(times, default=before.measured_at),
     )
-    return PolicyReport(status, kept)
+    return PolicyReport(status, kept, kept_ledgers)
 
 
 def urgent_change(before: EnergyPolicyStatus | None, after: EnergyPolicyStatus) -> bool:
