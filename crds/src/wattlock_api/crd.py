@@ -100,7 +100,6 @@ RESOURCES = (
             Column("Phase", ".status.phase"),
             Column("Reported", ".status.reportedAt", "date"),
             Column("Locked", ".status.locked", "integer", "GPUs locked at this moment", wide=True),
-            Column("Locked", ".status.locked", "integer", "GPUs locked at this moment", wide=True),
             Column("Agent", ".status.agent.pod", wide=True),
             Column("Reason", ".status.agent.reason", wide=True),
             _AGE,
