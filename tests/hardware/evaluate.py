@@ -201,6 +201,7 @@ def _phase(recording: Recording, phase: Phase, samples: _Samples) -> PhaseFigure
         and _gpu(line, recording.uuid).get("holder", {}).get("name") == holder
     ]
     seconds = phase.ended_seconds - phase.began_seconds
+    lines = lines[1:]  # the pass that notes the new holder comes between two readings: its time is not theirs
     if len(lines) < 2:
         return PhaseFigures(phase.name, seconds, note=phase.note or "too short for two readings")
     first, last = lines[0], lines[-1]

@@ -50,12 +50,11 @@ def restarted(evidence: PromptEvidence) -> PromptEvidence:
 
 
 def computes_prompts(evidence: PromptEvidence, now_seconds: float) -> str:
-    """Return why the instance is held released, as a sentence; empty when it is not."""
+    """Return what it does although its label says decode, as a sentence; empty when it does not."""
     last = evidence.last_exceeded_seconds
     if last is None or now_seconds - last >= CLEAR_SECONDS:
         return ""
     return (
         f"more than {100 * MAX_COMPUTED_SHARE:.0f} % of its tokens in a minute were prompt tokens that it computed "
-        "itself: it does prefill, whatever its label says; "
-        f"released until it has not for {CLEAR_SECONDS:.0f} s"
+        "itself: it does prefill, whatever its label says"
     )

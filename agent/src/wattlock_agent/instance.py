@@ -204,8 +204,16 @@ class InstanceTrack:
             return None
         if self._order.guardrail is not None and guardrail.is_tripped(self._guardrail, now_seconds):
             return Refusal(GpuState.RELEASED, Reason.GUARDRAIL, self._guardrail.message)
-        text = evidence.computes_prompts(self._evidence, now_seconds)
-        return Refusal(GpuState.RELEASED, Reason.COMPUTES_PROMPTS, text) if text else None
+        text = self._prompts(now_seconds)
+        if not text:
+            return None
+        message = f"{text}; released until it has not for {evidence.CLEAR_SECONDS:.0f} s"
+        return Refusal(GpuState.RELEASED, Reason.COMPUTES_PROMPTS, message)
+
+    def _prompts(self, now_seconds: float) -> str:
+        """Return, in any mode, what speaks against the label of a decode instance."""
+        decode = bool(self._orders) and self._order.role is Role.DECODE
+        return evidence.computes_prompts(self._evidence, now_seconds) if decode else ""
 
     @property
     def guardrail_trips(self) -> int:
@@ -225,6 +233,10 @@ class InstanceTrack:
         elif now_seconds - self._restarted_seconds < RESTART_SHOWN_SECONDS:
             reason = Reason.COUNTERS_RESTARTED
             message = "its counters went back within the last minute: the engine restarted, or the page is wrong"
+        prompts = self._prompts(now_seconds)
+        if prompts and not reason and not self._enforced:
+            # Said before anybody enforces; once enforced, the GPU's own reason says it.
+            reason, message = Reason.COMPUTES_PROMPTS, f"{prompts}; it would not be capped in mode Enforce"
         hold = self.hold(now_seconds)
         tripped = hold is not None and hold.reason == Reason.GUARDRAIL
         return InstanceStatus(
@@ -234,7 +246,7 @@ class InstanceTrack:
             instance=self.key.instance,
             reason=reason,
             message=message[:1000],
-            computes_prompts=hold is not None and hold.reason == Reason.COMPUTES_PROMPTS,
+            computes_prompts=bool(prompts),
             guardrail_tripped=tripped,
             guardrail_message=self._guardrail.message if tripped else "",
             guardrail_trips=self._guardrail.trips,

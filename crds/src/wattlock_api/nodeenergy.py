@@ -291,7 +291,7 @@ class InstanceStatus(ApiModel):
     estimated_gigabytes: PositiveDecimalString | None = None
     """Bytes moved to and from the memory of one GPU by the engine's own estimate, in 10^9 a second."""
     computes_prompts: bool = False
-    """Whether it is held released because it computes prompts itself."""
+    """Whether a decode instance computes prompts itself: then it is never capped. Told in Observe as well."""
     guardrail_tripped: bool = False
     """Whether it is held released because the guardrail was breached."""
     guardrail_message: Sentence = ""

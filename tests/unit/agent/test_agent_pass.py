@@ -425,6 +425,19 @@ def test_an_instance_that_computes_prompts_is_released_until_it_stops(make_node,
     assert node.locked() == {"GPU-0"}
 
 
+def test_in_observe_it_is_told_that_an_instance_computes_prompts(make_node, make_order):
+    """Found on a real H200 (docs/hardware): who looks before enforcing must see that a label is wrong."""
+    node = make_node(gpus=2, prompt_share=0.3)
+    node.order(make_order(mode="Observe"), make_order("decode-1", role="Prefill", mode="Observe", cap_mhz=None))
+    node.run(70)
+    by_pool = {key.instance: each.status(node.now_seconds, None) for key, each in node.agent.instances.items()}
+    decode, prefill = (by_pool[name] for name in sorted(by_pool))
+    assert (decode.computes_prompts, decode.reason) == (True, "ComputesPrompts")
+    assert "would not be capped" in decode.message
+    assert (prefill.computes_prompts, prefill.reason) == (False, "")
+    assert node.reasons()["GPU-0"] == "ObserveMode"
+
+
 def test_counters_that_went_back_are_told_for_a_minute_and_spoil_nothing(make_node, make_order):
     node = make_node(gpus=1)
     node.order(make_order())
