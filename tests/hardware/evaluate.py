@@ -10,7 +10,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -358,11 +357,12 @@ def evaluate(recording: Recording) -> Findings:
     overhead = _overhead(recording)
     start = recording.phases[0].began_seconds
     agent_watts = []
-    for one, two in pairwise(recording.published):
-        gpus = _gpu(one, recording.uuid), _gpu(two, recording.uuid)
-        same = gpus[0].get("holder") == gpus[1].get("holder") and two["atSeconds"] > one["atSeconds"]
-        if same and gpus[0] and gpus[1]:
-            joules = float(gpus[1]["energyJoules"]) - float(gpus[0]["energyJoules"])
+    for zero, one, two in zip(recording.published, recording.published[1:], recording.published[2:], strict=False):
+        gpus = [_gpu(line, recording.uuid) for line in (zero, one, two)]
+        # The pass that notes a new holder comes between two readings, so no power follows from its time.
+        same = all(gpu and gpu.get("holder") == gpus[0].get("holder") for gpu in gpus)
+        if same and two["atSeconds"] > one["atSeconds"]:
+            joules = float(gpus[2]["energyJoules"]) - float(gpus[1]["energyJoules"])
             agent_watts.append((two["atSeconds"] - start, joules / (two["atSeconds"] - one["atSeconds"])))
     spans = [(each.name, each.began_seconds - start, each.ended_seconds - start) for each in recording.phases]
     if recording.turns:
