@@ -11,7 +11,7 @@ from kubectl_tool import Kubectl
 from vllm_pods import VllmPage, read_page
 
 #: The agent measures over the last 20 s, from scrapes every 5 s, and a report may come 5 s after the newest of them.
-WINDOW_SECONDS = (12.0, 22.0)
+WINDOW_SECONDS = (9.0, 22.0)
 BEFORE_REPORT_SECONDS = (-2.0, 8.0)
 
 
