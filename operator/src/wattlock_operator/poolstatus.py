@@ -214,7 +214,8 @@ def pool_status(
         if item.instance.prompt_tokens_per_second is not None
     ]
     joules = joules_per_token(pool.role, members, fresh, instances)
-    joules_text = None if joules is None else decimal_string(joules, 4)
+    # A prompt token costs about a hundredth of a generated one: as many digits that say something.
+    joules_text = None if joules is None else decimal_string(joules, 6 if pool.role is Role.PREFILL else 4)
     latency = _latency_ms(instances)
     clamped = sum(entry.gpu.clamped for entry in fresh)
     clamps = [number(entry.gpu.clamp_seconds) for entry in report.gpus if entry.gpu.clamp_seconds is not None]

@@ -53,6 +53,12 @@ def test_operations_and_bytes_are_summed_before_they_are_divided():
     assert float(found.arithmetic_intensity) == pytest.approx((3 * 100 + 5000) / (3 * 10 + 10))
 
 
+def test_the_recorded_engine_is_memory_bound():
+    # Rates of the two recorded vLLM pages: 18.426 GFLOP and 6.617 GB in 5.0217 s (tests/data).
+    found = find_roofline(held("d0"), [working("d0", "3.669283", "1.317743")])
+    assert (found.arithmetic_intensity, found.verdict.value) == ("2.78", "MemoryBound")
+
+
 @pytest.mark.parametrize("work", [(None, None), ("0", "0"), ("5", "0"), ("5", None)])
 def test_without_an_estimate_nothing_is_said(work):
     assert find_roofline(held("d0"), [working("d0", *work)]) is None

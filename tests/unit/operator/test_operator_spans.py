@@ -13,6 +13,7 @@ from wattlock_operator.decide import PEER_POWER_SECONDS, Memory, decide
 from wattlock_operator.orders import give_orders
 from wattlock_operator.peerpower import peer_powers, sum_epochs
 from wattlock_operator.reports import collect
+from wattlock_operator.status import urgent_change
 from wattlock_operator.tokenenergy import idle_message, joules_per_token
 from wattlock_operator.world import parse_node_energy, parse_pod
 
@@ -223,6 +224,21 @@ def test_without_tokens_there_is_no_energy_for_each_token_and_the_reason_is_said
     assert pool_energy(Role.DECODE, [pod("d0", DECODE)], reports) is None
     items = collect(world([policy()], [], reports, NODES), NOW)["uid-qwen", "decode"].instances
     assert "all instances generated no tokens" in idle_message(Role.DECODE, items)
+
+
+def test_instances_that_fall_idle_are_told_and_are_no_news():
+    def status(tokens):
+        reports = [holding("n1", "d0", 120, tokens, name="d0")]
+        here = world([policy()], [pod("d0", DECODE), PREFILLER, agent_pod("n1")], reports, NODES)
+        (found,) = decide(here, None, Memory(), NOW).statuses.values()
+        return found
+
+    busy, idle = status("1000"), status("0.0")
+    assert "NoTokens" in {entry.reason for entry in idle.pools[0].reasons}
+    assert idle.pools[0].power_watts == 120
+    assert idle.pools[0].joules_per_generated_token is None
+    assert "NoTokens" not in {entry.reason for entry in busy.pools[0].reasons}
+    assert not urgent_change(busy, idle)
 
 
 def test_an_idle_instance_costs_the_pool_its_watts():
