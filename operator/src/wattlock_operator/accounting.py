@@ -123,19 +123,17 @@ def counted_capped_joules(report: PoolReport) -> Mapping[int, float]:
     return dict(list(sums.items())[-16:])
 
 
-def opening(report: PoolReport, sums: Sums, worth: Worth | None, elsewhere: Mapping[CounterKey, Counters]) -> Account:
+def opening(report: PoolReport, sums: Sums, worth: Worth | None) -> Account:
     """Return the account as an operator finds it at its start.
 
     What the counters grew by while no operator watched is added. With the same instances that is exact; where
     instances came, went or restarted it is a lower bound, because what they lost is subtracted. Energy under the cap
     counts as saved where the saving was verified before and is verified now, at the estimate of now. A policy that
-    has no sum yet counts its energy from zero, all of it, and its saving from now on. ``elsewhere`` are counters that
-    another pool of the policy has counted already.
+    has no sum yet counts its energy from zero, all of it, and its saving from now on.
     """
-    now = {_key(item): _counters(item) for item in report.instances if item.instance.energy_joules is not None}
     if sums.energy_joules is None:
-        fresh = {key: Counters(0.0, counters.arm_joules) for key, counters in now.items()}
-        return Account(saved=sums.saved, last=fresh | {key: elsewhere[key] for key in now if key in elsewhere})
+        return Account(saved=sums.saved)
+    now = {_key(item): _counters(item) for item in report.instances if item.instance.energy_joules is not None}
     missed = 0.0 if sums.counted_joules is None else max(0.0, counted_joules(report) - sums.counted_joules)
     saved = sums.saved
     if worth is not None and sums.verified:
@@ -152,20 +150,26 @@ def opening(report: PoolReport, sums: Sums, worth: Worth | None, elsewhere: Mapp
 def advance(
     account: Account, report: PoolReport, worth: Worth | None, elsewhere: Mapping[CounterKey, Counters] | None = None
 ) -> Account:
-    """Return the account after a report. ``worth`` is None while nothing is verified: then nothing is saved."""
+    """Return the account after a report.
+
+    ``worth`` is None while nothing is verified: then nothing is saved. ``elsewhere`` are counters as far as another
+    pool of the policy has counted them: a pod may move.
+    """
     energy, saved = account.energy_joules, account.saved
     present: dict[CounterKey, Counters] = {}
     for item in report.instances:
         if item.instance.energy_joules is None:
             continue  # unknown is not zero: what was counted last is remembered
         key, now = _key(item), _counters(item)
-        before = account.last.get(key) or (elsewhere or {}).get(key)
-        if before is not None and now.energy_joules < before.energy_joules:
-            before = None  # its counters began anew
-        energy = (energy or 0.0) + delta(before.energy_joules if before else None, now.energy_joules)
+        # Energy counts from the start of the counter. Savings count from the first look: what was used before it was
+        # not looked at, so nobody knows whether it was counted already.
+        before = account.last.get(key) or (elsewhere or {}).get(key) or Counters(0.0, now.arm_joules)
+        if now.energy_joules < before.energy_joules:
+            before = Counters(0.0, {})  # its counters began anew
+        energy = (energy or 0.0) + delta(before.energy_joules, now.energy_joules)
         if worth is not None:
             capped = sum(
-                delta(before.arm_joules.get(cap) if before else None, joules)
+                delta(before.arm_joules.get(cap), joules)
                 for cap, joules in now.arm_joules.items()
                 if cap in worth.caps_mhz
             )
@@ -185,5 +189,5 @@ def open_or_advance(
         if uid == key[0] and pool != key[1]:
             elsewhere |= other.last
     if account is None:
-        account = opening(report, sums, worth, elsewhere)
+        account = opening(report, sums, worth)
     return advance(account, report, worth, elsewhere)

@@ -51,7 +51,7 @@ def run(account: Account, *reports: PoolReport, effect: Worth | None = None) -> 
 
 
 def open_(pool_report: PoolReport, sums: Sums, effect: Worth | None = None) -> Account:
-    return opening(pool_report, sums, effect, {})
+    return opening(pool_report, sums, effect)
 
 
 def test_energy_grows_by_what_counters_grow():
@@ -59,7 +59,9 @@ def test_energy_grows_by_what_counters_grow():
 
 
 def test_a_counter_that_restarts_counts_from_zero():
-    assert run(Account(), counted(100), counted(20)).energy_joules == 120
+    account = run(Account(), counted(100, 90), counted(20, 8), effect=FIFTH)
+    assert account.energy_joules == 120
+    assert account.saved.joules == pytest.approx(8 * 0.25)
 
 
 def test_a_pod_that_goes_takes_nothing_away():
@@ -70,14 +72,14 @@ def test_a_pod_that_goes_takes_nothing_away():
 def test_a_node_that_was_away_is_not_counted_twice():
     back = run(Account(), counted(100, 80), report(), counted(110, 90), effect=FIFTH)
     assert back.energy_joules == 110
-    assert back.saved.joules == pytest.approx(90 * 0.25)
+    assert back.saved.joules == pytest.approx(10 * 0.25)
 
 
 def test_a_counter_that_is_unknown_for_a_while_is_not_counted_twice():
     dark = report(instance("d0", energy_joules=None, arms=[ArmTotals(cap_mhz=1590, joules="80")]))
     account = run(Account(), counted(100, 80), dark, counted(110, 90), effect=FIFTH)
     assert account.energy_joules == 110
-    assert account.saved.joules == pytest.approx(90 * 0.25)
+    assert account.saved.joules == pytest.approx(10 * 0.25)
 
 
 def test_a_pool_that_was_never_measured_is_unknown_not_zero():
@@ -97,19 +99,19 @@ def test_savings_grow_with_the_capped_energy_only_while_verified():
 def test_the_interval_is_carried_through_end_to_end():
     effect = worth(math.log(0.8), 0.02)
     account = run(Account(), counted(100, 80), counted(200, 160), effect=effect)
-    low, high = (160 * math.expm1(-math.log(0.8) + side) for side in (-0.02, 0.02))
+    low, high = (80 * math.expm1(-math.log(0.8) + side) for side in (-0.02, 0.02))
     assert account.saved.low_joules == pytest.approx(low)
     assert account.saved.high_joules == pytest.approx(high)
 
 
 def test_a_later_estimate_values_later_energy_only():
-    first = run(Account(), counted(100, 80), effect=worth(math.log(0.8)))
+    first = run(Account(), counted(20), counted(100, 80), effect=worth(math.log(0.8)))
     second = advance(first, counted(200, 160), worth(math.log(0.9)))
     assert second.saved.joules == pytest.approx(80 * 0.25 + 80 * (1 / 0.9 - 1))
 
 
 def test_what_was_counted_stays_when_the_cap_changes():
-    before = run(Account(), counted(100, 80), effect=FIFTH)
+    before = run(Account(), counted(20), counted(100, 80), effect=FIFTH)
     arms = [ArmTotals(cap_mhz=1590, joules="80"), ArmTotals(cap_mhz=1200, joules="40")]
     changed = report(instance("d0", energy_joules="150", arms=arms))
     unverified = advance(before, changed, None)
@@ -121,12 +123,12 @@ def test_what_was_counted_stays_when_the_cap_changes():
 
 
 def test_a_cap_that_costs_energy_takes_savings_back():
-    account = run(Account(), counted(100, 80), effect=FIFTH)
+    account = run(Account(), counted(20), counted(100, 80), effect=FIFTH)
     assert advance(account, counted(200, 160), worth(math.log(1.25))).saved.joules == pytest.approx(20 - 80 * 0.2)
 
 
 def test_an_arm_that_begins_anew_never_takes_savings_back():
-    account = run(Account(), counted(100, 80), counted(200, 30), effect=FIFTH)
+    account = run(Account(), counted(20), counted(100, 80), counted(200, 30), effect=FIFTH)
     assert account.saved.joules == pytest.approx((80 + 30) * 0.25)
 
 
@@ -164,6 +166,12 @@ def test_a_pod_that_moves_to_another_pool_is_not_counted_again(second):
     moved = open_or_advance(accounts, ("uid-qwen", "second"), counted(130, 100), Sums(), FIFTH)
     assert moved.energy_joules == 30
     assert moved.saved.joules == pytest.approx(20 * 0.25)
+
+
+def test_an_account_that_is_open_goes_on_whatever_status_says():
+    accounts = {KEY: run(Account(), counted(100))}
+    stale = Sums(energy_joules=50.0, counted_joules=50.0)
+    assert open_or_advance(accounts, KEY, counted(30, name="d1"), stale, None).energy_joules == 130
 
 
 @given(st.lists(st.floats(0, 1e6).map(lambda joules: round(joules, 1)), min_size=1, max_size=20))

@@ -1,0 +1,93 @@
+"""The sum of what was saved, through a real API server: operators restart, and another one leads for a while."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from operator_site import DECODE, PREFILL, TEMPLATE, Site, eventually, placed
+from wattlock_api.base import timestamp
+from wattlock_api.constants import LEASE_NAME
+from wattlock_operator.kube import connect, lease_path
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+
+KWH = 3.6e6
+
+
+@pytest.fixture
+def site(kubectl: Any, namespace: str, tmp_path: Path) -> Iterator[Site]:
+    (tmp_path / "template.yaml").write_text(yaml.safe_dump(TEMPLATE))
+    found = Site(kubectl, namespace, tmp_path, connect())
+    found.start()
+    yield found
+    for agent in found.agents:
+        agent.stop()
+    found.stop(signal.SIGKILL)
+    finalizers = json.dumps({"metadata": {"finalizers": None}})
+    kubectl.within(namespace).run("patch", "energypolicy", "qwen", "--type=merge", "-p", finalizers, check=False)
+    for node in found.nodes:
+        kubectl.run("delete", "node,nodeenergy", node, "--ignore-not-found", "--wait=false", check=False)
+
+
+def measured(capped_kwh: float) -> dict[str, Any]:
+    """What an agent tells of an instance that needs 0.8 of the energy under the cap: a quarter of it is saved."""
+    mean, pairs = math.log(0.8), 60
+    energy = {"total": f"{pairs * mean:.9f}", "squares": f"{pairs * (mean**2 + 1e-6):.9f}"}
+    return {
+        "energyJoules": f"{capped_kwh * KWH:.1f}",
+        "arms": [{"capMHz": 1590, "joules": f"{capped_kwh * KWH:.1f}"}],
+        "pairStats": [{"capMHz": 1590, "pairs": pairs, "energy": energy}],
+        "tokensPerSecond": "1000",
+    }
+
+
+def test_what_was_saved_outlives_operators(site, good_policy):
+    node = site.node()
+    site.pod("decode-0", node, DECODE)
+    site.pod("prefill-0", node, PREFILL)
+    agent = site.agent(node)
+    agent.extra = measured(10)
+    site.kubectl.apply(placed(good_policy, site))
+
+    def savings() -> dict[str, Any]:
+        pools = site.policy().get("status", {}).get("pools", [{}])
+        return dict(pools[0].get("savings", {}))
+
+    def saved(kwh: float, seconds: float = 40) -> None:
+        def told() -> bool:
+            assert savings().get("savedKWh") == f"{kwh:.6f}", savings()
+            return True
+
+        eventually(told, seconds)
+        low, high = map(float, savings()["savedKWhCI95"])
+        assert low <= kwh <= high
+
+    saved(0)  # what was used before is not claimed
+    agent.extra = measured(11)
+    saved(0.25)
+
+    assert site.stop(signal.SIGTERM) == 0
+    agent.extra = measured(13)  # it goes on while no operator watches
+    eventually(lambda: f"{13 * KWH:.1f}" in json.dumps(site.node_energy(node)["status"]))
+    site.start()
+    saved(0.75)
+
+    # Another operator takes the lease, counts on, and goes without a word.
+    lease = lease_path(site.namespace, LEASE_NAME)
+    other = {"holderIdentity": "other", "renewTime": timestamp(time.time()).replace("Z", ".000000Z")}
+    site.kube.merge(lease, {"spec": other})
+    eventually(lambda: "another operator holds the lease" in site.log.read_text(), 40)
+    pools = site.policy()["status"]["pools"]
+    pools[0]["savings"] |= {"savedKWh": "5.000000", "savedKWhCI95": ["4.900000", "5.100000"]}
+    site.patch_status("energypolicy", "qwen", {"pools": pools}, site.namespace)
+    long_ago = {"renewTime": timestamp(time.time() - 3600).replace("Z", ".000000Z")}
+    site.kube.merge(lease, {"spec": long_ago})
+    eventually(lambda: site.log.read_text().count("leading as") >= 3, 20)
+    agent.extra = measured(14)
+    saved(5.25, 60)
