@@ -53,12 +53,15 @@ class EnergyMeter:
     """Adds up the counter over its restarts and remembers the last two minutes."""
 
     def __init__(self, joules: float | None = None, gaps: int = 0) -> None:
-        """``joules`` is what an earlier agent had counted; ``None``: it had counted nothing."""
+        """``joules`` and ``gaps`` are what an earlier agent had counted; ``None``: it had counted nothing.
+
+        What was used between its last report and now is unknown: a gap.
+        """
         self._sum_mj = round(1000 * (joules or 0.0))  # whole numbers: a sum over years loses nothing
         self.measured = joules is not None
         """Whether the counter was ever read. Without that there is no energy, not even 0."""
         self.life = 0
-        self._earlier_gaps = gaps
+        self._earlier_gaps = gaps if joules is None else gaps + 1
         self._last: tuple[float, int] | None = None
         self._points: deque[EnergyPoint] = deque(maxlen=_MAX_POINTS)
 
@@ -69,7 +72,7 @@ class EnergyMeter:
 
     @property
     def gaps(self) -> int:
-        """How many intervals were left out, so that their energy is in no sum."""
+        """How many intervals were left out: what was used in them is in no sum."""
         return self._earlier_gaps + self.life
 
     def add(self, at_seconds: float, energy_mj: int | None, limit_watts: float | None = None) -> bool:

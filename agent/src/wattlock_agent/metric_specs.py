@@ -85,7 +85,7 @@ GPU_ENERGY_GAPS = MetricSpec(
     "wattlock_gpu_energy_gaps_total",
     "counter",
     "",
-    "Intervals that are not in the energy: the driver or GPU restarted, or the counter jumped",
+    "Intervals that are not in the energy: agent, driver or GPU restarted, or the counter jumped",
     GPU,
 )
 GPU_BUSY = MetricSpec("wattlock_gpu_busy_seconds_total", "counter", "seconds", "Time with work", GPU)

@@ -194,7 +194,7 @@ def _power_cap(facts: Facts) -> Finding:
         text = f"the GPUs' power limit holds clocks down in pool {names}: powerCap in status.pools says how often"
         return Finding(kind, True, "Binding", text[:1024])
     if any(pool.power_cap.verdict is PowerCapVerdict.INERT for pool in pools):
-        return Finding(kind, False, "Inert", "the power limit did not act")
+        return Finding(kind, False, "Inert", "the power limit held clocks down for at most 1 % of the busy time")
     return Finding(kind, None, "Unknown", "the GPUs were not busy long enough to say")
 
 

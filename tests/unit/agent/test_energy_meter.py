@@ -124,6 +124,17 @@ def test_a_counter_that_drops_to_zero_for_one_reading_costs_two_intervals_and_ad
     assert meter.gaps == 2
 
 
+def test_power_above_the_limit_for_a_moment_is_energy_like_any_other():
+    """1.5 times the limit over 0.1 s was recorded; a limit may also have been lowered between two readings."""
+    meter = EnergyMeter()
+    meter.add(0.0, 0, 350)
+    meter.add(1.0, 700_000, 350)
+    meter.add(11.0, 7_700_000, 350)
+    assert (meter.joules, meter.gaps) == (7700, 0)
+    meter.add(12.0, 11_000_000, 350)
+    assert (meter.joules, meter.gaps) == (7700, 1), "3.3 kW on a board of 350 W"
+
+
 def test_a_machine_that_was_suspended_used_what_its_counter_says_and_no_power_is_made_of_it():
     meter = EnergyMeter()
     for second in range(10):
