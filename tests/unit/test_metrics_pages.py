@@ -14,12 +14,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from promtool import check_metrics
 from wattlock_agent import metric_specs as agent_specs
 from wattlock_agent.http_server import AgentServer
-from wattlock_agent.metrics import Snapshot, SnapshotBoard, make_registry
+from wattlock_agent.metrics import Snapshot, SnapshotBoard, Totals, make_registry
 from wattlock_api.energypolicy import Limiters
 from wattlock_api.nodeenergy import AgentStatus, ArmTotals, DroppedEpochs, Moments, NodeEnergyStatus, PairStats
 from wattlock_operator import metric_specs as operator_specs
 from wattlock_operator.decide import Memory, decide
-from wattlock_operator.metrics import MAX_POLICIES, Metrics
+from wattlock_operator.metrics import Metrics
 from wattlock_operator.world import PolicyView
 
 ROOT = Path(__file__).parents[2]
@@ -213,16 +213,24 @@ def test_what_goes_takes_its_series_with_it():
     assert 'pod="d0"' not in generate_latest(registry).decode()
 
 
-def test_the_operators_page_is_bounded():
+def test_a_counter_does_not_fall_when_what_it_counts_goes():
+    totals = Totals()
+    assert totals.take({("d0", "MetricsInvalid"): 5, ("d1", "MetricsInvalid"): 2}) == {"MetricsInvalid": 7}
+    assert totals.take({("d1", "MetricsInvalid"): 3}) == {"MetricsInvalid": 8}
+    assert totals.take({("d0", "MetricsInvalid"): 1, ("d1", "MetricsInvalid"): 3}) == {"MetricsInvalid": 9}
+
+
+def test_the_operators_page_is_bounded(monkeypatch):
+    monkeypatch.setattr("wattlock_operator.metrics.MAX_POLICIES", 20)
     metrics = Metrics()
     status = decide(world([policy()], PODS), None, Memory(), NOW).statuses["uid-qwen"]
-    policies: list[PolicyView] = [policy(f"p{number}") for number in range(MAX_POLICIES + 5)]
+    policies: list[PolicyView] = [policy(f"p{number}") for number in range(25)]
     metrics.show([(each, status) for each in policies], leading=True)
     families = {
         family.name: family for family in text_string_to_metric_families(generate_latest(metrics.registry).decode())
     }
-    assert len(families["wattlock_policy_info"].samples) == MAX_POLICIES
-    assert families["wattlock_operator_policies"].samples[0].value == MAX_POLICIES + 5
+    assert len(families["wattlock_policy_info"].samples) == 20
+    assert families["wattlock_operator_policies"].samples[0].value == 25
 
 
 def test_the_agent_serves_the_page_that_promtool_checks():

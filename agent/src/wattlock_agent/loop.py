@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from wattlock_api.constants import Mode
@@ -23,7 +23,7 @@ from wattlock_agent.gpu.base import GpuDriver, GpuIdentity
 from wattlock_agent.holders.base import Holders, KubeletError
 from wattlock_agent.http_server import AgentServer
 from wattlock_agent.journal import Journal, JournalError
-from wattlock_agent.metrics import Snapshot, SnapshotBoard
+from wattlock_agent.metrics import Snapshot, SnapshotBoard, Totals
 from wattlock_agent.orders import NO_ORDERS, InstanceKey
 from wattlock_agent.report import Reported, build_status, is_due
 from wattlock_agent.serving.base import ScrapeFailure, ServingCounters
@@ -106,6 +106,7 @@ class Loop:
         self._passes = 0
         self._pass_seconds = 0.0
         self._status_failures = 0
+        self._scrape_failures = Totals()
 
     def run(self) -> int:
         """Work until told to stop; returns the exit status.
@@ -248,10 +249,11 @@ class Loop:
     def _snapshot(self, status: NodeEnergyStatus) -> Snapshot:
         agent, outlook = self._agent, self._agent.outlook
         assert outlook is not None  # noqa: S101 - a pass has been made
-        failures: dict[str, int] = {}
-        for instance in agent.instances.values():
-            for reason, count in instance.scrape_failures.items():
-                failures[reason] = failures.get(reason, 0) + count
+        failures: dict[tuple[Hashable, str], int] = {
+            (key, reason): count
+            for key, instance in agent.instances.items()
+            for reason, count in instance.scrape_failures.items()
+        }
         orders = outlook.world.orders
         return Snapshot(
             status=status,
@@ -259,7 +261,7 @@ class Loop:
             sm_mhz={uuid: each.sm_mhz for uuid, each in outlook.scan.readings.items() if each.sm_mhz is not None},
             clock_writes={gpu.uuid: agent.actuator.writes(gpu.uuid) for gpu in outlook.scan.gpus},
             driver_errors=dict(self._session.errors),
-            scrape_failures=failures,
+            scrape_failures=self._scrape_failures.take(failures),
             status_failures=self._status_failures,
             orders_stale=bool(outlook.world.stale),
             order_count=len(orders.orders) if orders else 0,

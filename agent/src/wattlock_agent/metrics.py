@@ -1,6 +1,6 @@
 """What Prometheus scrapes from the agent: base units, and labels whose values are bounded by the node's GPUs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
@@ -42,6 +42,22 @@ class Snapshot:
     """Time spent in passes so far."""
     at_seconds: float = 0.0
     """Monotonic time of the pass."""
+
+
+class Totals:
+    """Sums over counters whose owners come and go. A counter must not fall because one of them went."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[Hashable, str], int] = {}
+        self._sums: dict[str, int] = {}
+
+    def take(self, counts: Mapping[tuple[Hashable, str], int]) -> dict[str, int]:
+        """Return the sums by name, after a look at what each owner has counted now."""
+        for (owner, name), count in counts.items():
+            before = self._seen.get((owner, name), 0)
+            self._sums[name] = self._sums.get(name, 0) + (count - before if count >= before else count)
+        self._seen = dict(counts)
+        return dict(self._sums)
 
 
 class SnapshotBoard:

@@ -369,7 +369,7 @@ class PoolStatus(ApiModel):
     ] = []
     """The same for savedKWh: the agents' counters of energy under each cap that it has looked at."""
     tokens_per_second: PositiveDecimalString | None = None
-    """Generated tokens per second."""
+    """Generated tokens per second. Absent unless all instances are known."""
     prompt_tokens_per_second: PositiveDecimalString | None = None
     """Prompt tokens per second that the pool computed itself (not taken from a cache or another instance)."""
     joules_per_generated_token: PositiveDecimalString | None = None

@@ -1,13 +1,13 @@
 """The status of one pool: sums and worst cases over its GPUs and instances, and why they are as they are."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from wattlock_api.base import decimal_string
+from wattlock_api.base import DecimalString, decimal_string
 from wattlock_api.constants import GpuState, PowerCapVerdict, Reason, Role
 from wattlock_api.energypolicy import CountedEnergy, Limiters, Pool, PoolReason, PoolStatus, PowerCap, Savings
-from wattlock_api.nodeenergy import Order
+from wattlock_api.nodeenergy import InstanceStatus, Order
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Account, counted_capped_joules, counted_joules
 from wattlock_operator.orders import Orders
@@ -171,6 +171,19 @@ def power_cap(gpus: Sequence[NodeGpu]) -> PowerCap:
     )
 
 
+def _sum_of_all(
+    items: Sequence[NodeInstance], rate: Callable[[InstanceStatus], DecimalString | None]
+) -> float | None:
+    """Return the sum over a pool's instances, None unless all are known: a part would look like a loss of tokens.
+
+    An instance on several nodes is known where one of them tells.
+    """
+    known = {item.instance.instance for item in items if not item.silent and rate(item.instance) is not None}
+    if not known or known != {item.instance.instance for item in items}:
+        return None
+    return sum(number(rate(item.instance)) for item in items if not item.silent)
+
+
 def _latency_ms(instances: Sequence[NodeInstance]) -> float | None:
     """Return the mean inter-token latency, each instance weighed by its tokens."""
     known = [
@@ -205,14 +218,8 @@ def pool_status(
         if entry.gpu.observed_mhz is not None and entry.gpu.requested_mhz is not None
     ]
     powers = [entry.gpu.power_watts for entry in fresh if entry.gpu.power_watts is not None]
-    rates = [
-        number(item.instance.tokens_per_second) for item in instances if item.instance.tokens_per_second is not None
-    ]
-    prompt_rates = [
-        number(item.instance.prompt_tokens_per_second)
-        for item in instances
-        if item.instance.prompt_tokens_per_second is not None
-    ]
+    tokens = _sum_of_all(report.instances, lambda instance: instance.tokens_per_second)
+    prompt_tokens = _sum_of_all(report.instances, lambda instance: instance.prompt_tokens_per_second)
     joules = joules_per_token(pool.role, members, fresh, instances)
     # A prompt token costs about a hundredth of a generated one: as many digits that say something.
     joules_text = None if joules is None else decimal_string(joules, 6 if pool.role is Role.PREFILL else 4)
@@ -239,8 +246,8 @@ def pool_status(
             CountedEnergy(cap_mhz=cap, joules=decimal_string(joules, 1))
             for cap, joules in counted_capped_joules(report).items()
         ],
-        tokens_per_second=decimal_string(sum(rates), 1) if rates else None,
-        prompt_tokens_per_second=decimal_string(sum(prompt_rates), 1) if prompt_rates else None,
+        tokens_per_second=None if tokens is None else decimal_string(tokens, 1),
+        prompt_tokens_per_second=None if prompt_tokens is None else decimal_string(prompt_tokens, 1),
         joules_per_generated_token=None if pool.role is Role.PREFILL else joules_text,
         joules_per_prompt_token=joules_text if pool.role is Role.PREFILL else None,
         inter_token_latency_ms=None if latency is None else decimal_string(latency, 2),

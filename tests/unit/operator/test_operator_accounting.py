@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from wattlock_operator.decide import Memory, decide
 from wattlock_operator.pooling import Effect
 from wattlock_operator.reports import PoolReport, collect
 from wattlock_operator.savings import find_saving, with_totals
+from wattlock_operator.verdict import VERIFIED, Pooled, at_every_look, judge
 
 KEY = ("uid-qwen", "decode")
 KWH = 3.6e6
@@ -207,6 +209,29 @@ def test_a_verified_saving_never_falls_whatever_comes_and_goes(history):
         assert now.low_joules >= last.low_joules
         assert now.low_joules <= now.joules <= now.high_joules
         last = now
+
+
+def test_the_interval_of_the_sum_holds_the_truth():
+    """Pools that are looked at again and again, and counted from the first look that is verified."""
+    chance, held, counting = random.Random(20261123), 0, 0
+    truth_log, noise, pools = -0.02, 0.02, 100
+    for _ in range(pools):
+        pairs, total, squares, saved, truth = 0, 0.0, 0.0, Saved(), 0.0
+        for _ in range(15):
+            for _ in range(10):
+                d = chance.gauss(truth_log, noise)
+                pairs, total, squares = pairs + 1, total + d, squares + d * d
+            half_width = 2 * math.sqrt((squares - total**2 / pairs) / (pairs - 1) / pairs)
+            mean = total / pairs
+            pooled = Pooled(Effect(mean, mean - half_width, mean + half_width, pairs, 1), total, squares)
+            always = at_every_look(pooled)
+            if judge(pooled) in VERIFIED and always is not None:
+                saved += Worth(always, frozenset({1590})).of(1000)
+                truth += 1000 * math.expm1(-truth_log)
+        counting += truth > 0
+        held += saved.low_joules <= truth <= saved.high_joules
+    assert counting == pools
+    assert held >= 0.95 * pools
 
 
 def test_money_and_carbon_follow_from_energy_and_pue():

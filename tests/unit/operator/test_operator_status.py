@@ -99,6 +99,13 @@ def test_half_of_a_pools_power_is_not_published():
     assert status.summary.power is None
 
 
+def test_a_part_of_a_pools_tokens_is_not_published():
+    one, dark = instance("d0", tokens_per_second="1000"), instance("d1", reason="MetricsUnreachable", message="m")
+    assert status_of([gpu(0), gpu(1, "d1")], [one, dark]).pools[0].tokens_per_second is None
+    other = instance("d1", tokens_per_second="0")
+    assert status_of([gpu(0), gpu(1, "d1")], [one, other]).pools[0].tokens_per_second == "1000.0"
+
+
 def test_a_prefill_pool_at_its_power_limit_is_no_news():
     prefill = gpu(2, pool="prefill", recent_busy_seconds="900", recent_power_cap_seconds="900")
     status = status_of([gpu(0, recent_busy_seconds="900", recent_power_cap_seconds="0"), prefill])
