@@ -179,7 +179,8 @@ def examine(status: dict[str, Any]) -> None:
     check(decode["requestedMHz"] == CAP_MHZ, f"decode: {CAP_MHZ} MHz requested")
     check(decode["observedMHz"] == CAP_MHZ, f"decode: {CAP_MHZ} MHz observed under load")
     check(prefill["locked"] == 0 and prefill["gpus"] == PREFILL_GPUS, "prefill: left at default clocks")
-    check(decode["powerWatts"] > 0, f"decode: {decode['powerWatts']} W, {decode['joulesPerGeneratedToken']} J for each token")
+    per_token = decode["joulesPerGeneratedToken"]
+    check(decode["powerWatts"] > 0, f"decode: {decode['powerWatts']} W, {per_token} J for each token")
     check(
         interval_holds(status, truth),
         f"saved {savings['energyPercent']} % for each token ({interval} %): holds the simulator's true {truth:.1f} %",

@@ -21,6 +21,7 @@ from wattlock_agent.clocks import step_mhz
 from wattlock_agent.driver_session import MAX_TRANSIENT, Scan
 from wattlock_agent.events import Event, HoldersSeen, ScrapeDone, ThreadFailed
 from wattlock_agent.gpu.base import GpuFault
+from wattlock_agent.holding import Holdings, last_words
 from wattlock_agent.instance import InstanceTrack
 from wattlock_agent.journal import Journal, JournalError, LockRecord
 from wattlock_agent.orders import InstanceKey, Orders, key_of
@@ -109,20 +110,20 @@ class Agent:
         self._holders_pending = False
         self._lock_waits = False
         self._parted: dict[InstanceKey, Parted] = {}
-        self._owners: dict[str, InstanceKey | None] = {}
-        """The instance whose energy a GPU's track counts, by GPU UUID."""
-        self._former: dict[str, GpuTrack] = {}
-        """The track of the last holder but one, by GPU UUID."""
-        self._resumed: set[str] = set()
+        self._holdings = Holdings()
         self._scan = Scan(0, None)
         self._scanned_at_seconds = float("-inf")
         self._silent: dict[str, int] = defaultdict(int)
         self._before: NodeEnergyStatus | None = None
         self._settled_generation = 0
         self.stopping = False
-        self.tracks: dict[str, GpuTrack] = {}
         self.instances: dict[InstanceKey, InstanceTrack] = {}
         self.outlook: Outlook | None = None
+
+    @property
+    def tracks(self) -> dict[str, GpuTrack]:
+        """What is known of each GPU for its present holder, by UUID."""
+        return self._holdings.tracks
 
     def handle(self, event: Event, clock: Clock) -> bool:
         """Take in an event; returns whether the next pass should come at once."""
@@ -188,7 +189,9 @@ class Agent:
             decisions = plan(world)
         without_gpu = orders_without_gpu(world)
         for uuid, decision in decisions.items():
-            self._follow_holder(uuid, decision.order)
+            # In the pass that reports holder and numbers together.
+            if (reading := self._scan.readings.get(uuid)) is not None:
+                self._holdings.follow(reading, decision.order, self.previous_gpu(uuid))
         self._note(clock, decisions)
         if self._orders is not None and self._is_settled(world, decisions):
             self._settled_generation = self._orders.generation
@@ -319,48 +322,15 @@ class Agent:
         """Instances whose orders went away lately: their last joules are still to be told."""
         now_seconds = self.outlook.clock.now_seconds if self.outlook else 0.0
         return [
-            each.status
+            last_words(each.status)
             for each in self._parted.values()
             if now_seconds - each.since_seconds <= PARTED_SECONDS and each.status.energy_joules is not None
         ]
 
-    def _follow_holder(self, uuid: str, order: Order | None) -> None:
-        """Give the GPU's numbers to its holder, in the same pass that reports the two together."""
-        holder_uid = order.pod_uid if order else ""
-        reading = self._scan.readings.get(uuid)
-        if reading is not None and (uuid not in self.tracks or self.tracks[uuid].holder_uid != holder_uid):
-            self._hand_over(uuid, order)
-            self.tracks[uuid].add(reading, None, 1, None)
-
-    def _hand_over(self, uuid: str, order: Order | None) -> None:
-        """Count the GPU for another holder from this reading on: what it used up to it is the old one's."""
-        old = self.tracks.get(uuid)
-        reading = self._scan.readings[uuid]
-        if old is not None:
-            before_joules = old.meter.joules
-            old.add(reading, None, 1, None)
-            self._credit(uuid, old.meter.joules - before_joules)
-        holder_uid = order.pod_uid if order else ""
-        former = self._former.pop(uuid, None)
-        if old is not None and old.holder_uid:
-            self._former[uuid] = old
-        if former is not None and former.holder_uid == holder_uid:
-            former.interrupt()  # it was nobody's for a while (the kubelet was silent, say): a gap, and told as one
-            self.tracks[uuid] = former
-        else:
-            # What an earlier agent had counted goes on once, with the first holder that this one sees.
-            self.tracks[uuid] = GpuTrack(holder_uid, None if uuid in self._resumed else self.previous_gpu(uuid))
-        if holder_uid:
-            self._resumed.add(uuid)
-        self._owners[uuid] = key_of(order) if order else None
-
-    def _credit(self, uuid: str, joules: float) -> None:
-        key = self._owners.get(uuid)
-        if key is None or joules <= 0:
-            return
+    def _credit(self, key: InstanceKey | None, joules: float) -> None:
         if key in self.instances:
             self.instances[key].credit(joules)
-        elif key in self._parted:
+        elif key in self._parted and joules > 0:
             parted = self._parted[key]
             total = decimal_string(float(parted.status.energy_joules or 0) + joules, 1)
             self._parted[key] = replace(parted, status=parted.status.model_copy(update={"energy_joules": total}))
@@ -368,24 +338,23 @@ class Agent:
     def _track(self, uuid: str, clock: Clock) -> None:
         """Add the reading to what is known of the GPU, and act on what it says about our lock."""
         decision = self.outlook.decisions.get(uuid) if self.outlook else None
+        reading = self._scan.readings[uuid]
         if uuid not in self.tracks:
-            self._hand_over(uuid, decision.order if decision else None)
+            self._holdings.follow(reading, decision.order if decision else None, self.previous_gpu(uuid))
         view = self._view(uuid)
         age_seconds = self.actuator.lock_age_seconds(uuid, clock.now_seconds)
         cap_mhz = view.lock.cap_mhz if view.lock else None
         step = step_mhz(view.identity.supported_clocks_mhz, cap_mhz) if cap_mhz is not None else 1
-        track = self.tracks[uuid]
-        before_joules = track.meter.joules
-        finding, restarted = track.add(self._scan.readings[uuid], cap_mhz, step, age_seconds)
-        self._credit(uuid, track.meter.joules - before_joules)
-        if restarted and cap_mhz is not None:
+        track, read = self.tracks[uuid], self._holdings.add(reading, cap_mhz, step, age_seconds)
+        self._credit(read.owner, read.joules)
+        if read.restarted and cap_mhz is not None:
             _log.warning("gpu=%s counters went back: driver reload or GPU reset, locking again", uuid)
             self.actuator.lock_lost(uuid, clock.now_seconds)
-        elif finding is Finding.LOST:
+        elif read.finding is Finding.LOST:
             wait_seconds = backoff_seconds(track.watch)
             _log.warning("gpu=%s runs above %s MHz under load: lock lost, again in %.0f s", uuid, cap_mhz, wait_seconds)
             self.actuator.lock_lost(uuid, clock.now_seconds + wait_seconds)
-        elif finding is Finding.CONFLICT and decision is not None and decision.order is not None:
+        elif read.finding is Finding.CONFLICT and decision is not None and decision.order is not None:
             message = (
                 f"ran above {cap_mhz} MHz under load three times within ten minutes although locked: another program "
                 "sets its clock (nvidia-smi -lgc or -rgc, DCGM?). Stop that one, then change the policy to try again"

@@ -72,6 +72,8 @@ def test_the_last_joules_of_an_instance_are_told_after_its_order_went_away(make_
     node.run(10)
     assert energies(node)["a"] == pytest.approx(before + 500, abs=0.2)  # the second in which the order went
     told = energies(node)["a"]
+    (last,) = status_of(node).instances
+    assert (last.tokens_per_second, last.joules_per_generated_token, last.reason) == (None, None, "")
     node.run(20)
     assert energies(node) == {"a": told}
     node.run(60)
