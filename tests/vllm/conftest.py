@@ -17,7 +17,7 @@ from workloads import Simulator, Workload, eventually
 __all__ = ["install", "no_crash_loop", "simulator", "wattlock"]
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 300
+START_SECONDS = 600
 
 
 @dataclass(frozen=True)
