@@ -115,7 +115,7 @@ def test_the_kinds_are_found_by_short_name_and_category(kubectl, namespace, good
     here = kubectl.within(namespace)
     here.apply(good_policy)
     header = here.run("get", "epol").stdout.splitlines()[0].split()
-    assert header == ["NAME", "MODE", "GPUS", "LOCKED", "CLOCK", "POWER", "SAVED", "READY", "AGE"]
+    assert header == ["NAME", "MODE", "GPUS", "CAPPED", "CLOCK", "POWER", "SAVED", "READY", "AGE"]
     assert "energypolicy.wattlock.dev/qwen" in here.run("get", "wattlock", "-o", "name").stdout
     assert here.run("get", "nen", "-o", "name").returncode == 0
     assert here.run("get", "cprof", "-o", "name").returncode == 0

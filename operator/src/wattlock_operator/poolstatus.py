@@ -171,9 +171,7 @@ def power_cap(gpus: Sequence[NodeGpu]) -> PowerCap:
     )
 
 
-def _sum_of_all(
-    items: Sequence[NodeInstance], rate: Callable[[InstanceStatus], DecimalString | None]
-) -> float | None:
+def _sum_of_all(items: Sequence[NodeInstance], rate: Callable[[InstanceStatus], DecimalString | None]) -> float | None:
     """Return the sum over a pool's instances, None unless all are known: a part would look like a loss of tokens.
 
     An instance on several nodes is known where one of them tells.
