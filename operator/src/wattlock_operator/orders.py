@@ -135,6 +135,28 @@ def _instances(members: Sequence[Member], with_gpu: Sequence[Member]) -> Mapping
     return found
 
 
+def _released_elsewhere(world: World, member: Member, span: InstanceSpan | None) -> Hold | None:
+    """Return why the agent of another node released the instance: its GPUs have one clock, on all nodes.
+
+    The agent that reads the metrics trips alone and at once; the others hear of it here.
+    """
+    if span is None:
+        return None
+    key = f"{member.policy.uid}/{member.instance}"
+    for node in span.nodes:
+        node_energy = world.node_energies.get(node)
+        if node == member.pod.node or node_energy is None or node_energy.status is None:
+            continue
+        for instance in node_energy.status.instances:
+            if instance.key != key:
+                continue
+            if instance.guardrail_tripped:
+                return hold(Reason.GUARDRAIL, f"released on node {node}: {instance.guardrail_message}")
+            if instance.computes_prompts:
+                return hold(Reason.COMPUTES_PROMPTS, f"released on node {node}: the instance computes prompts")
+    return None
+
+
 def _order(member: Member, verdict: Cap | Hold | None, instance: _Instance) -> Order:
     policy, spec = member.policy, member.spec
     # In Observe mode the cap is left out on purpose: an agent that misread the mode would still write nothing.
@@ -185,6 +207,8 @@ def give_orders(world: World) -> Orders:
         agreed = {instance: _agree(found) for instance, found in verdicts.items()}
         for member in with_gpu:
             verdict = agreed[member.instance] if member.pool.role is Role.DECODE else None
+            if isinstance(verdict, Cap) and member.spec.mode is Mode.ENFORCE:
+                verdict = _released_elsewhere(world, member, instances[member.instance].span) or verdict
             if member.rivals and verdict is None:
                 verdict = _verdict(member, world, peers)  # a Prefill pool lost the dispute or won it: say so
             by_node[member.pod.node].append((member, _order(member, verdict, instances[member.instance])))

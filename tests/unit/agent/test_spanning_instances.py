@@ -292,5 +292,20 @@ def test_a_replaced_pod_on_the_other_node_costs_its_epoch_and_no_more(cluster):
     assert float(stats.energy.total) / stats.pairs == pytest.approx(math.log(630 / 800), abs=0.003)
 
 
+def test_a_slow_instance_is_released_on_all_its_nodes_and_capped_again_after_the_cool_down(cluster):
+    cluster.policy = policy(
+        spec={"verification": {"method": "None"}, "guardrail": {"maxInterTokenLatencyMs": 50, "cooldownSeconds": 60}}
+    )
+    cluster.run(40)
+    assert all(node.locked() for node in cluster.nodes.values())
+    cluster.nodes["n1"].latency_seconds = 0.2
+    cluster.run(40)
+    assert not any(node.locked() for node in cluster.nodes.values())
+    cluster.nodes["n1"].latency_seconds = 0.01
+    cluster.run(100)
+    assert all(node.locked() for node in cluster.nodes.values())
+    assert cluster.serving.guardrail_trips == 1
+
+
 def test_the_times_of_the_virtual_nodes_are_those_of_the_schedule():
     assert parse_timestamp("2027-01-15T08:00:00Z") == START

@@ -85,6 +85,26 @@ def test_the_size_of_a_group_is_read_from_the_pods_annotation():
         assert parse_pod(body).group_size is None
 
 
+@pytest.mark.parametrize("why", [{"guardrail_tripped": True, "guardrail_message": "slow"}, {"computes_prompts": True}])
+def test_an_instance_that_one_agent_released_is_released_on_its_other_nodes(why):
+    def caps(**tripped):
+        reports = [
+            node_energy("n1", instances=[instance("big/3", **tripped)]),
+            node_energy("n2", instances=[instance("big/3"), instance("single")]),
+        ]
+        pods = [member(0, "n1"), member(1, "n2"), pod("single", DECODE, "n2"), PREFILLER]
+        orders = give_orders(world([policy()], pods, reports, NODES)).by_node.values()
+        return {order.pod.name: (order.cap_mhz, order.hold) for each in orders for order in each}
+
+    assert {cap for name, (cap, _) in caps().items() if name != "p0"} == {1590}
+    found = caps(**why)
+    # The node that tripped releases by itself, and its order stays: its cool-down must not begin anew.
+    assert found["big-3-0"] == found["single"] == (1590, None)
+    cap, held = found["big-3-1"]
+    assert cap is None
+    assert "n1" in held.message
+
+
 def told(node: str, *epochs: EpochPower, **changes):
     entry = instance("big/3", epochs=list(epochs), **changes)
     return node_energy(node, gpus=[gpu(0, instance="big/3")], instances=[entry])
