@@ -55,9 +55,12 @@ def test_a_verdict_needs_a_busy_minute_and_its_share_lies_within_its_gpus(gpus):
 def test_energy_that_nobody_counts_is_absent_with_its_reason():
     """Half a pool's energy would look like all of it."""
     counted = gpu(0, power_watts=300, energy_joules="100")
-    uncounted = gpu(1, energy_joules=None, energy_reason="NoEnergyCounter", message="at most 1590 MHz")
-    pool = decode_pool([counted, uncounted], [instance(energy_joules=None, tokens_per_second="100")])
-    assert (pool.energy_kwh, pool.power_watts, pool.joules_per_generated_token) == (None, None, None)
+    uncounted = gpu(1, "d1", energy_joules=None, energy_reason="NoEnergyCounter", message="at most 1590 MHz")
+    serving = {"tokens_per_second": "100"}
+    instances = [instance(energy_joules="3600000", **serving), instance("d1", energy_joules=None, **serving)]
+    assert decode_pool([counted], instances[:1]).energy_kwh == "1.000000"
+    pool = decode_pool([counted, uncounted], instances)
+    assert (pool.energy_kwh, pool.power_watts) == (None, None)
     (reason,) = [each for each in pool.reasons if each.reason == "NoEnergyCounter"]
     assert reason.gpus == 1
     assert "GPU-1" in reason.message
