@@ -64,6 +64,10 @@ test-hardware: ## Measure this machine's real GPU under load, read-only, and wri
 bench: setup ## Print reaction times, the agent's cost and API requests, measured on a local cluster
 	@dev/bench
 
+.PHONY: bench-estimator
+bench-estimator: setup ## Judge the estimator by simulated truth: coverage, false verdicts, half-widths (5 minutes), and plot
+	.venv/bin/python tests/bench/estimator/estimator_bench.py
+
 .PHONY: generate
 generate: setup ## Write what is generated: CRDs, the chart's copies and tables, the table of metrics, protobuf code
 	.venv/bin/python -m wattlock_api.generate crds

@@ -119,10 +119,12 @@ def _strata(samples: Sequence[Sample]) -> list[Sample]:
     Instances with one pair share a group, where they differ or not: too wide rather than too narrow. A single pair
     that is left alone joins the smallest group.
     """
-    strata = sorted((sample for sample in samples if sample.pairs > 1), key=lambda sample: sample.pairs)
+    strata = [sample for sample in samples if sample.pairs > 1]
     single = [sample for sample in samples if sample.pairs == 1]
     if len(single) == 1 and strata:
-        single.append(strata.pop(0))
+        smallest = min(strata, key=lambda sample: sample.pairs)
+        strata.remove(smallest)
+        single.append(smallest)
     if single:
         strata.append(
             Sample(
