@@ -225,7 +225,8 @@ def pool_status(
     clamped = sum(entry.gpu.clamped for entry in fresh)
     clamps = [number(entry.gpu.clamp_seconds) for entry in report.gpus if entry.gpu.clamp_seconds is not None]
     uncounted = any(entry.gpu.energy_reason for entry in report.gpus)
-    energy = None if uncounted else account.energy_joules  # that of some GPUs would look like that of all
+    # That of some GPUs would look like that of all. And a board that was measured has used some: none is not known yet.
+    energy = None if uncounted else account.energy_joules or None
     return PoolStatus(
         name=pool.name,
         role=pool.role,

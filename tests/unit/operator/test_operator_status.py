@@ -99,6 +99,10 @@ def test_half_of_a_pools_power_is_not_published():
     assert status.summary.power is None
 
 
+def test_energy_that_was_not_counted_yet_is_absent_not_zero():
+    assert status_of([gpu()], [instance(energy_joules="0")]).pools[0].energy_kwh is None
+
+
 def test_a_part_of_a_pools_tokens_is_not_published():
     one, dark = instance("d0", tokens_per_second="1000"), instance("d1", reason="MetricsUnreachable", message="m")
     assert status_of([gpu(0), gpu(1, "d1")], [one, dark]).pools[0].tokens_per_second is None
