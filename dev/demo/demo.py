@@ -21,6 +21,8 @@ NAMESPACE, POLICY, SYSTEM = "llm", "qwen", "wattlock-system"
 WORKLOAD = ("--product", "H200", "--architecture", "GQA", "--batch", "32", "--context", "4096")
 CAP_MHZ, CLAMPED_REQUEST_MHZ, CLAMP_MHZ = 1590, 1900, 1830
 DECODE_GPUS, PREFILL_GPUS = 6, 2
+#: Two of each decode GPU.
+PAIRS = 12
 
 COLOUR = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
@@ -153,18 +155,16 @@ def enforce() -> dict[str, Any]:
         "  and down; CAPPED counts such a GPU on, since it is under the experiment that the cap is part of.\n"
         "  Enough pairs of epochs take a minute or two."
     )
-    status = watch("the saving is Verified", lambda s: condition(s, "Verified").get("status") == "True", 600)
-    truth = true_saving_percent(CAP_MHZ)
-    if not interval_holds(status, truth):
-        print(
-            f"  A 95 % interval misses the truth ({truth:.1f} %) one time in twenty; this is such a time. Measuring on."
-        )
-        status = watch("the interval holds the true value", lambda s: interval_holds(s, truth), 600)
-    return status
+    watch("the saving is Verified", lambda s: condition(s, "Verified").get("status") == "True", 600)
+    print("  A few more pairs narrow the interval that holds at every look: about half a minute.")
+    return watch(
+        f"{PAIRS} pairs are measured", lambda s: pool(s, "decode").get("savings", {}).get("pairs", 0) >= PAIRS, 300
+    )
 
 
 def interval_holds(status: dict[str, Any], truth_percent: float) -> bool:
-    interval = pool(status, "decode").get("savings", {}).get("ci95")
+    """Whoever waits for something to be seen needs the interval that holds at every look."""
+    interval = pool(status, "decode").get("savings", {}).get("ci95EveryLook")
     return bool(interval) and float(interval[0]) <= truth_percent <= float(interval[1])
 
 
@@ -174,7 +174,7 @@ def examine(status: dict[str, Any]) -> None:
     shown("kubectl", "-n", NAMESPACE, "get", "epol", POLICY, "-o", "jsonpath-as-json={.status.pools}")
     decode, prefill = pool(status, "decode"), pool(status, "prefill")
     savings = decode["savings"]
-    interval = " to ".join(savings["ci95"])
+    interval = " to ".join(savings["ci95EveryLook"])
     truth = true_saving_percent(CAP_MHZ)
     check(decode["requestedMHz"] == CAP_MHZ, f"decode: {CAP_MHZ} MHz requested")
     check(decode["observedMHz"] == CAP_MHZ, f"decode: {CAP_MHZ} MHz observed under load")
@@ -183,7 +183,7 @@ def examine(status: dict[str, Any]) -> None:
     check(decode["powerWatts"] > 0, f"decode: {decode['powerWatts']} W, {per_token} J for each token")
     check(
         interval_holds(status, truth),
-        f"saved {savings['energyPercent']} % for each token ({interval} %): holds the simulator's true {truth:.1f} %",
+        f"saved {savings['energyPercent']} % for each token (at every look {interval} %): holds the true {truth:.1f} %",
     )
 
 
