@@ -287,9 +287,10 @@ class InstanceStatus(ApiModel):
     kv_cache_usage_percent: PositiveDecimalString | None = None
     """Share of the KV cache in use, in percent; of several engines the fullest."""
     estimated_gigaflops: PositiveDecimalString | None = None
-    """Floating-point operations of one GPU by the engine's own estimate, in 10^9 a second."""
+    """Floating-point operations of one GPU by the engine's own estimate, in 10^9 a second; summed over the engines of a
+    page with several."""
     estimated_gigabytes: PositiveDecimalString | None = None
-    """Bytes moved to and from the memory of one GPU by the engine's own estimate, in 10^9 a second."""
+    """Bytes moved to and from the memory of one GPU by the engine's own estimate, in 10^9 a second, summed likewise."""
     computes_prompts: bool = False
     """Whether a decode instance computes prompts itself: then it is never capped. Told in Observe as well."""
     guardrail_tripped: bool = False
