@@ -127,11 +127,6 @@ class GpuTrack:
         )
         return finding, restarted
 
-    @property
-    def hot_seconds(self) -> float:
-        """Seconds under limiters that spoil a comparison: all but the power cap, which is part of a cap's effect."""
-        return sum(seconds for name, seconds in self.limiter_seconds.items() if name != "power_cap")
-
     def watts(self) -> float | None:
         """Return mean power over the last report interval, from the energy counter."""
         return self.meter.mean_watts(WINDOW_SECONDS)
