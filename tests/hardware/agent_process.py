@@ -38,7 +38,7 @@ def _publish(loop: Loop, path: Path, done: threading.Event) -> None:
             used = resource.getrusage(resource.RUSAGE_SELF)
             line = {
                 "atSeconds": snapshot.at_seconds,
-                "writtenSeconds": time.monotonic(),
+                "writtenSeconds": time.clock_gettime(time.CLOCK_BOOTTIME),
                 "passes": passes,
                 "passSeconds": snapshot.pass_seconds,
                 "cpuSeconds": used.ru_utime + used.ru_stime,

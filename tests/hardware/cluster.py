@@ -172,5 +172,5 @@ class Kubelet:
 
 
 def now_seconds() -> float:
-    """Return the clock that all processes of the tier share: CLOCK_MONOTONIC."""
-    return time.monotonic()
+    """Return the clock that all processes of the tier and the agent share: CLOCK_BOOTTIME."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -18,9 +18,12 @@ _MIN_ENERGY_SECONDS = 10.0
 #: The counter and the integral of instantaneous power differ by 0.1 % over minutes (H100, H200; driver 580).
 MAX_ENERGY_ERROR_PERCENT = 1.5
 MAX_TOKEN_ERROR_PERCENT = 2.0
+#: The bit is sampled and trails the load by tenths of a second; the counter is exact.
+MAX_CAP_ERROR_POINTS = 2.0
 MAX_CPU_PERCENT = 2.0
 MAX_MEMORY_MIB = 80.0
 MAX_SLOWDOWN_PERCENT = 0.5
+_POWER_CAP_BIT = 0x4
 _PROMPT_EVIDENCE_SECONDS = 70.0
 #: Over so long the agent averages what it reports.
 _REPORT_SECONDS = 20.0
@@ -36,7 +39,7 @@ class Phase:
     ended_seconds: float
     tokens_per_step: int
     progress: list[tuple[float, int]]
-    """Steps done so far at monotonic times."""
+    """Steps done so far, at seconds since boot."""
     note: str = ""
 
 
@@ -79,7 +82,9 @@ class PhaseFigures:
     sm_mhz: float | None = None
     independent_sm_mhz: float | None = None
     power_cap_percent: float | None = None
-    """Share of the time for which the power-cap counter grew."""
+    """Growth of the power-cap counter, as a share of the time."""
+    independent_power_cap_percent: float | None = None
+    """Share of the observer's samples that show the power-cap bit of the clock event reasons."""
     tokens_per_second: float | None = None
     """As published by the agent at the end of the phase: generated in decode, computed of prompts in prefill."""
     independent_tokens_per_second: float | None = None
@@ -146,6 +151,8 @@ class _Samples:
     times: list[float]
     watts: list[float]
     mhz: list[float]
+    reasons: list[int]
+    """Clock event reasons, a bit field."""
 
     def mean_watts(self, began: float, ended: float) -> float | None:
         """Return the mean instantaneous power by trapezoids; the sensor is sampled faster than it refreshes."""
@@ -163,6 +170,11 @@ class _Samples:
         inside = self.mhz[bisect_left(self.times, began) : bisect_left(self.times, ended)]
         return median(inside) if inside else None
 
+    def power_cap_percent(self, began: float, ended: float) -> float | None:
+        """Return the share of samples under the software power cap."""
+        inside = self.reasons[bisect_left(self.times, began) : bisect_left(self.times, ended)]
+        return 100 * sum(bool(each & _POWER_CAP_BIT) for each in inside) / len(inside) if inside else None
+
 
 def _read_samples(text: str) -> _Samples:
     rows = [row for row in csv.DictReader(io.StringIO(text)) if row["instant_mw"]]
@@ -170,6 +182,7 @@ def _read_samples(text: str) -> _Samples:
         [float(row["t"]) for row in rows],
         [float(row["instant_mw"]) / 1000 for row in rows],
         [float(row["sm_mhz"]) for row in rows],
+        [int(row["reasons"]) for row in rows],
     )
 
 
@@ -231,6 +244,7 @@ def _phase(recording: Recording, phase: Phase, samples: _Samples) -> PhaseFigure
         sm_mhz=median(clocks) if clocks else None,
         independent_sm_mhz=samples.median_mhz(began, ended),
         power_cap_percent=100 * (capped[1] - capped[0]) / (ended - began),
+        independent_power_cap_percent=samples.power_cap_percent(began, ended),
         tokens_per_second=float(rate) if rate is not None else None,
         independent_tokens_per_second=own_rate,
         joules_per_token=float(joules_per_token) if joules_per_token is not None else None,
@@ -306,6 +320,18 @@ def _checks(recording: Recording, phases: Sequence[PhaseFigures], overhead: Over
             worst <= MAX_ENERGY_ERROR_PERCENT,
             f"energy: counter against integrated power, worst phase {worst:.2f} % "
             f"(at most {MAX_ENERGY_ERROR_PERCENT} %)",
+        )
+    )
+    gaps = [
+        abs(each.power_cap_percent - each.independent_power_cap_percent)
+        for each in phases
+        if each.power_cap_percent is not None and each.independent_power_cap_percent is not None
+    ]
+    checks.append(
+        Check(
+            bool(gaps) and max(gaps) <= MAX_CAP_ERROR_POINTS,
+            f"time at the power cap: counter against sampled bit, worst phase {max(gaps, default=math.inf):.1f} points "
+            f"(at most {MAX_CAP_ERROR_POINTS:.0f})",
         )
     )
     for each in phases:

@@ -9,7 +9,7 @@ Reads commands from standard input, one a line, and answers each with one line o
     prefill PAGE TOKENS SECONDS           one forward pass over TOKENS in each step
     quit
 PAGE is ``decode`` or ``prefill``: the metrics page on which the tokens are counted. The answer to a command holds
-[monotonic seconds, steps] after every group of steps, so that any window can be cut out afterwards.
+[seconds since boot, steps] after every group of steps, so that any window can be cut out afterwards.
 """
 
 import argparse
@@ -144,17 +144,17 @@ def run(step: Callable[[], None], seconds: float, count: Callable[[int, float], 
     """Repeat a step for a time, in groups that end with a synchronisation; returns the progress."""
     step()
     torch.cuda.synchronize()
-    began = time.monotonic()
+    began = time.clock_gettime(time.CLOCK_BOOTTIME)
     step()
     torch.cuda.synchronize()
-    group = max(1, round(_GROUP_SECONDS / max(1e-4, time.monotonic() - began)))
-    started = before = time.monotonic()
+    group = max(1, round(_GROUP_SECONDS / max(1e-4, time.clock_gettime(time.CLOCK_BOOTTIME) - began)))
+    started = before = time.clock_gettime(time.CLOCK_BOOTTIME)
     done, progress = 0, [(started, 0)]
     while before - started < seconds:
         for _ in range(group):
             step()
         torch.cuda.synchronize()
-        now = time.monotonic()
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
         done += group
         progress.append((now, done))
         count(group, now - before)

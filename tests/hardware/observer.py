@@ -1,6 +1,6 @@
 """Reads the power of one GPU every 20 ms, independently of the agent: no code of the agent runs here.
 
-Appends "monotonic seconds, instantaneous mW, averaged mW, energy mJ, SM MHz, event reasons" to a CSV file until
+Appends "seconds since boot, instantaneous mW, averaged mW, energy mJ, SM MHz, event reasons" to a CSV file until
 SIGTERM. The energy column is read once a second only: that call costs 4 ms.
 usage: observer.py UUID FILE
 """
@@ -34,12 +34,12 @@ def main(uuid: str, path: Path) -> int:
     give_up_capabilities()
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-    due = energy_due = time.monotonic()
+    due = energy_due = time.clock_gettime(time.CLOCK_BOOTTIME)
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("t", "instant_mw", "average_mw", "energy_mj", "sm_mhz", "reasons"))
         while not stop:
-            now = time.monotonic()
+            now = time.clock_gettime(time.CLOCK_BOOTTIME)
             power = pynvml.nvmlDeviceGetFieldValues(handle, [(_POWER_INSTANT_FIELD, _GPU_SCOPE)])[0]
             instant = power.value.uiVal if power.nvmlReturn == 0 else ""
             average = pynvml.nvmlDeviceGetPowerUsage(handle)
@@ -50,8 +50,8 @@ def main(uuid: str, path: Path) -> int:
                 energy_due = now + _ENERGY_PERIOD_SECONDS
                 energy = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
             rows.writerow((f"{now:.4f}", instant, average, energy, clock, reasons))
-            due = max(due + PERIOD_SECONDS, time.monotonic())
-            time.sleep(max(0.0, due - time.monotonic()))
+            due = max(due + PERIOD_SECONDS, time.clock_gettime(time.CLOCK_BOOTTIME))
+            time.sleep(max(0.0, due - time.clock_gettime(time.CLOCK_BOOTTIME)))
     pynvml.nvmlShutdown()
     return 0
 

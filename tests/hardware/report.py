@@ -59,7 +59,8 @@ def _page(findings: Findings, picture: str, day: str) -> str:
     phases = _table(
         (
             "phase", "s", "W, agent", "W, integrated", "difference", "SM MHz, agent", "SM MHz, observer",
-            "at power cap", "tokens/s", "J/token, agent", "J/token, integrated", "computes prompts",
+            "at power cap, counter", "at power cap, bit", "tokens/s", "J/token, agent", "J/token, integrated",
+            "computes prompts",
         ),
         (
             (
@@ -71,6 +72,7 @@ def _page(findings: Findings, picture: str, day: str) -> str:
                 _number(each.sm_mhz),
                 _number(each.independent_sm_mhz),
                 "-" if each.power_cap_percent is None else f"{each.power_cap_percent:.1f} %",
+                "-" if each.independent_power_cap_percent is None else f"{each.independent_power_cap_percent:.1f} %",
                 _number(each.tokens_per_second),
                 _number(each.joules_per_token, 4),
                 _number(each.independent_joules_per_token, 4),
@@ -135,7 +137,8 @@ limit {findings.limit_watts:.0f} W, {load}.
 ## Phases
 
 "Agent" is what the agent published: the hardware's energy counter read once a second. "Integrated" is another process
-that read the instantaneous power every 20 ms and integrated it by trapezoids over the same time.
+that read the instantaneous power every 20 ms and integrated it by trapezoids over the same time; it also read the
+bit of the clock event reasons that tells of the power cap, while the agent reads the driver's nanosecond counter of it.
 
 {phases}
 

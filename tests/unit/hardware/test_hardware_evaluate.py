@@ -140,3 +140,8 @@ def test_the_report_tells_it_all_and_no_identity(tmp_path: Path):
         assert UUID not in text
         assert "decode B32 L4096" in text
     assert "| `nvmlDeviceGetUUID` | 3 | yes | ok 3 | 2.0 | 9.0 | 9.0 |" in page.read_text()
+
+
+def test_a_cap_that_only_the_bit_tells_of_is_found():
+    capped = recording().samples.replace(",1980,0", ",1980,4")
+    assert any("time at the power cap" in text for text in broken(evaluate(recording(samples=capped))))
