@@ -1,13 +1,14 @@
 """Builds the status of the node's NodeEnergy and decides when it is worth writing. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from wattlock_api.base import ObjectRef, decimal_string, timestamp
 from wattlock_api.constants import GpuState, Mode, Reason
 from wattlock_api.energypolicy import Limiters
 from wattlock_api.nodeenergy import AgentStatus, GpuStatus, InstanceStatus, NodeEnergyStatus, ProductClocks
+from wattlock_api.schedule import Arm, arm_of, epoch_at, epoch_start_seconds
 
 from wattlock_agent.agent import Outlook
 from wattlock_agent.clocks import to_ranges
@@ -22,6 +23,8 @@ MEASUREMENT_SECONDS = 20.0
 MIN_SECONDS = 2.0
 #: A status that says nothing new is written so often all the same, as a sign of life.
 HEARTBEAT_SECONDS = 60.0
+#: So long after a control epoch its GPUs still count as in it while they are not locked again.
+TURN_SECONDS = 10.0
 MAX_GPUS = 32
 MAX_INSTANCES = 256
 _MAX_MESSAGE = 1000
@@ -87,9 +90,24 @@ def _agent_problem(outlook: Outlook) -> tuple[str, str]:
     return "", ""
 
 
+def _turning(decision: Decision, unix_seconds: float) -> bool:
+    """Return whether the GPU is about to be locked again because its control epoch has just ended."""
+    order = decision.order
+    if decision.reason is not Reason.WAITING_TO_WRITE or order is None or order.experiment is None:
+        return False
+    schedule = order.experiment.experiment()
+    epoch = epoch_at(schedule, unix_seconds)
+    just_began = unix_seconds - epoch_start_seconds(schedule, epoch) < TURN_SECONDS
+    return just_began and arm_of(schedule, order.instance, epoch - 1) is Arm.CONTROL
+
+
 def _gpu(outlook: Outlook, uuid: str, track: GpuTrack | None) -> GpuStatus:
     identity = next(gpu for gpu in outlook.scan.gpus if gpu.uuid == uuid)
     decision = outlook.decisions.get(uuid) or Decision(uuid, GpuState.RELEASED, Reason.NO_ORDER, "")
+    if _turning(decision, outlook.clock.unix_seconds):
+        # Part of every turn between the arms and no news: conditions would change with each epoch.
+        text = f"was released for comparison, {decision.message}"
+        decision = replace(decision, reason=Reason.CONTROL_EPOCH, message=text)
     order = decision.order
     status = GpuStatus(
         uuid=uuid,

@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from wattlock_agent.clock import Clock
 from wattlock_agent.clocks import snap_down_mhz, step_mhz, to_ranges
 from wattlock_agent.holders.base import PodName
 from wattlock_agent.http_server import AgentServer
 from wattlock_agent.metrics import Snapshot, SnapshotBoard
 from wattlock_agent.report import Reported, build_status, is_due
 from wattlock_agent.settings import SettingsError, read_settings
+from wattlock_api.constants import GpuState, Reason
 from wattlock_api.nodeenergy import NodeEnergyStatus
+from wattlock_api.schedule import Arm, arm_of, epoch_at, epoch_start_seconds
 
 ENVIRONMENT = {
     "NODE_NAME": "node-1",
@@ -81,6 +84,28 @@ def test_the_generation_is_observed_only_when_nothing_is_left_to_do(make_node, m
     assert status_of(node).observed_generation == 1
     node.run(5)
     assert status_of(node).observed_generation == 2
+
+
+@pytest.mark.parametrize(
+    ("arm_before", "into_seconds", "expected"),
+    [(Arm.CONTROL, 1, "ControlEpoch"), (Arm.CONTROL, 11, "WaitingToWrite"), (Arm.CAP, 1, "WaitingToWrite")],
+)
+def test_a_turn_between_the_arms_is_no_other_state(
+    make_node, make_order, switchback, schedule, arm_before, into_seconds, expected
+):
+    # Locks are written beside the pass, so a report may fall between the end of a control epoch and the lock.
+    node = make_node(gpus=1)
+    node.order(make_order(experiment=switchback))
+    node.run(4)
+    agent, outlook = node.agent, node.agent.outlook
+    start = epoch_at(schedule, node.clock.unix_seconds)
+    epoch = next(each for each in range(start, start + 50) if arm_of(schedule, "decode-0", each - 1) is arm_before)
+    waiting = replace(outlook.decisions["GPU-0"], reason=Reason.WAITING_TO_WRITE, state=GpuState.RELEASED)
+    clock = Clock(node.clock.now_seconds, epoch_start_seconds(schedule, epoch) + into_seconds)
+    outlook = replace(outlook, decisions={"GPU-0": waiting}, clock=clock)
+    status = build_status(outlook, agent.tracks, agent.instances, "1.2.3", "agent-x", stopping=False)
+    assert status.gpus[0].reason == expected
+    assert status.capped == ("1/1" if expected == "ControlEpoch" else "0/1")
 
 
 def test_reports_at_once_what_changed_and_measurements_every_20_seconds(make_node, make_order):
