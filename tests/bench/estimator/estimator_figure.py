@@ -29,14 +29,21 @@ def draw(path: Path, percents: Mapping[str, Sequence[float]], curves: Mapping[st
 
 
 def _half_widths(axes: plt.Axes, curves: Mapping[str, Mapping[float, Coverage]]) -> None:
+    labels: list[tuple[float, str, str]] = []
     for colour, (name, looks) in zip(COLOURS, curves.items(), strict=False):
         pairs = [float(np.median(look.pairs)) for look in looks.values()]
         widths = [float(np.median(look.half_widths)) for look in looks.values()]
-        axes.plot(pairs, widths, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
+        axes.plot(pairs, widths, color=colour, linewidth=1.8, marker="o", markersize=3)
+        labels.append((widths[-1], name, colour))
+    lowest = 0.0
+    for width, name, colour in sorted(labels):
+        lowest = max(width, 1.2 * lowest)  # labels that would touch move up
+        axes.text(pairs[-1] * 1.15, lowest, name, color=colour, va="center", fontsize=8)
     axes.axhline(MAX_HALF_WIDTH_POINTS, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(axes.get_xlim()[1] * 0.9, MAX_HALF_WIDTH_POINTS * 1.06, "bound of Verified", ha="right", color=GREY)
+    axes.text(pairs[-1] * 1.15, MAX_HALF_WIDTH_POINTS * 1.06, "bound of Verified", color=GREY, fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xlim(10, 3000)
     axes.set_xticks([12, 24, 48, 96, 192, 576], ["12", "24", "48", "96", "192", "576"])
     axes.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
     axes.minorticks_off()
@@ -44,9 +51,8 @@ def _half_widths(axes: plt.Axes, curves: Mapping[str, Mapping[float, Coverage]])
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("pairs of epochs, four instances")
-    axes.set_ylabel("half-width of the 95 % interval, points (median)")
-    axes.set_title("How narrow", loc="left", fontweight="bold")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylabel("half-width of the 95 % interval, points")
+    axes.set_title("How narrow (medians)", loc="left", fontweight="bold")
 
 
 def _coverage(axes: plt.Axes, percents: Mapping[str, Sequence[float]]) -> None:
@@ -61,5 +67,5 @@ def _coverage(axes: plt.Axes, percents: Mapping[str, Sequence[float]]) -> None:
     axes.set_xlim(91.5, 100)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"intervals that hold the truth, % (pale to dark: {len(HOURS)} looks, early to late)")
-    axes.set_title("How right", loc="left", fontweight="bold")
+    axes.set_xlabel("intervals that hold the truth, %")
+    axes.set_title(f"How right ({len(HOURS)} looks: pale early, dark late)", loc="left", fontweight="bold")
