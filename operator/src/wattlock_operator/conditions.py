@@ -135,7 +135,7 @@ def _enforced(facts: Facts) -> Finding:
     if not others:
         return Finding(kind, False, Reason.NO_GPUS.value, "no GPU of a Decode pool is reported yet")
     _, reason, message = max(others, key=lambda entry: entry[0])
-    return Finding(kind, False, reason, f"{capped} of {gpus} GPUs are capped. {message}")
+    return Finding(kind, False, reason, f"{capped} of {gpus} GPUs are capped. {message}" if gpus else message)
 
 
 def _progressing(facts: Facts) -> Finding:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from wattlock_api.base import Condition
-from wattlock_api.constants import ConditionType
+from wattlock_api.constants import ConditionType, Reason
 
 from wattlock_operator.world import PolicyView
 
@@ -27,6 +27,14 @@ _TROUBLE = {
 }
 #: Its changes are told by Ready already.
 _SILENT = {ConditionType.PROGRESSING}
+#: Why Enforced is not true (yet), as far as Ready tells it or it passes by itself within seconds.
+_TOLD_BY_READY = {
+    Reason.NO_AGENT,
+    Reason.AGENT_SILENT,
+    Reason.NO_GPUS,
+    Reason.NO_MATCHING_PODS,
+    Reason.WAITING_TO_WRITE,
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,12 @@ class Telling:
 def _worth_telling(condition: Condition, previous: Condition | None) -> bool:
     if condition.type in _SILENT:
         return False
-    if condition.type in _TROUBLE and "True" not in (condition.status, previous.status if previous else ""):
+    statuses = (condition.status, previous.status if previous else "")
+    if condition.type == ConditionType.VERIFIED and "True" not in statuses:
+        return False  # on the way to a verdict the reason changes now and then: status has it
+    if condition.type == ConditionType.ENFORCED and "True" not in statuses and condition.reason in _TOLD_BY_READY:
+        return False
+    if condition.type in _TROUBLE and "True" not in statuses:
         return False  # that there is no trouble is news only where there was some
     if previous is None:
         return condition.status == "True" or (condition.type == ConditionType.READY and condition.status == "False")
@@ -81,6 +94,8 @@ def _worth_telling(condition: Condition, previous: Condition | None) -> bool:
 def _is_warning(condition: Condition) -> bool:
     if condition.type in _TROUBLE:
         return condition.status == "True"
+    if condition.type == ConditionType.VERIFIED:
+        return condition.reason == Reason.CAP_COSTS_ENERGY
     routine = ("WaitingForAgents", "Releasing", "Released")
     return condition.type == ConditionType.READY and condition.status == "False" and condition.reason not in routine
 

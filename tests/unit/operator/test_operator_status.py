@@ -308,6 +308,18 @@ def test_a_new_policy_tells_what_is_wrong_and_not_what_is_unknown():
     assert events([], conditions)[0] == [("NoAgent", True)]
 
 
+def test_events_do_not_tell_the_steps_on_the_way():
+    metrics, pairs = one("Verified", "Unknown", "NoServingMetrics"), one("Verified", "False", "TooFewPairs")
+    assert events(metrics, pairs)[0] == []
+    assert events(pairs, one("Verified", "True", "IntervalExcludesZero"))[0] == [("IntervalExcludesZero", False)]
+    assert events(one("Verified", "True", "IntervalExcludesZero"), pairs)[0] == [("TooFewPairs", False)]
+    costs = one("Verified", "True", "CapCostsEnergy")
+    assert events(one("Verified", "True", "IntervalExcludesZero"), costs)[0] == [("CapCostsEnergy", True)]
+    silent, waiting = one("Enforced", "False", "AgentSilent"), one("Enforced", "False", "WaitingToWrite")
+    assert events(silent, waiting)[0] == []
+    assert events(waiting, one("Enforced", "False", "ComputesPrompts"))[0] == [("ComputesPrompts", False)]
+
+
 @pytest.mark.parametrize("kind", ["PowerCapBinding", "ClockClamped"])
 def test_the_absence_of_trouble_is_no_event(kind):
     unknown, fine = one(kind, "Unknown", "NotObserved"), one(kind, "False", "Inert")
