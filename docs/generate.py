@@ -35,8 +35,8 @@ ends of its 95 % interval, as series that end in `_low` and `_high`.
 _AGENT = """\
 ## Agent
 
-`gpu` is the GPU's UUID. `namespace`, `pod`, `policy` and `pool` are those of the pod that holds it, empty where no policy
-selects one. `serving_instance` is the unit that serves tokens: a pod, or a group of pods.
+`gpu` is the GPU's UUID. `namespace`, `pod`, `policy` and `pool` are those of the pod that holds it, empty where no
+policy selects one. `serving_instance` is the unit that serves tokens: a pod, or a group of pods.
 """
 
 
