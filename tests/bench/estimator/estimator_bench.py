@@ -42,6 +42,7 @@ from estimator_scenarios import (
     WATCHED_POOLS,
     Case,
 )
+from estimator_selection import biases
 from estimator_world import Scenario
 from wattlock_operator.pooling import pool, saving_percent
 
@@ -52,6 +53,7 @@ MOST_DIFFERENCE = 1e-8
 #: Of the whole chain: 1200 pairs with a deviation of 0.6 points leave an error of 0.02 points.
 MOST_BIAS_POINTS = 0.1
 CHAINS, CHAIN_PAIRS = 4, 300
+SELECTED_POOLS = 200
 
 failures: list[str] = []
 
@@ -173,6 +175,16 @@ def prove_pairing() -> None:
     line(f"Simulated pairs are the agent's own (wattlock_agent.experiment): sums differ by {worst:.0e}   {word}")
 
 
+def print_selection(job: Any) -> None:
+    line()
+    line("What dropping epochs does to the estimate (points off; the product's own rules are judged)")
+    for bias in job.result():
+        text = (
+            f"  {bias.name:<58} {bias.dropped_percent:5.1f} % dropped   {bias.points:+6.2f} +-{bias.error_points:5.2f}"
+        )
+        line(text + (f"   {judged(bias.name, bias.points, abs(bias.points) <= MOST_BIAS_POINTS)}" if bias.used else ""))
+
+
 def print_chain(jobs: list) -> None:
     effect = pool([job.result() for job in jobs])
     assert effect is not None
@@ -209,6 +221,7 @@ def main() -> int:
         }
         compared = {each.name: submit(workers, compare, each, some(COMPARED_POOLS), COMPARED_HOUR) for each in COMPARED}
         plotted = {each.name: submit(workers, coverage, each, some(PLOTTED_POOLS), PLOTTED_HOURS) for each in PLOTTED}
+        selected = workers.submit(biases, some(SELECTED_POOLS))
         chains = [workers.submit(run_chain, seed, some(CHAIN_PAIRS)) for seed in range(CHAINS)]
         prove_pairing()
         line()
@@ -217,6 +230,7 @@ def main() -> int:
         print_churn(churned)
         print_every_look(every)
         print_comparison(compared)
+        print_selection(selected)
         print_chain(chains)
         curves = {name: merged_coverage(job.result() for job in jobs) for name, jobs in plotted.items()}
     if not arguments.no_plot:
