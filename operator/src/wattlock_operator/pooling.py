@@ -10,9 +10,9 @@ so the unit of the interval. Instances are strata: they may differ in noise and 
 difference between them is not error. The interval is about the instances and the time that were measured.
 
 Why not one number for each instance (a cluster-robust variance): that answers what an instance that nobody has measured
-would save. For these instances it is several times too wide with 2 to 4 of them, and never misses when one of them is
-much noisier than the rest (docs/benchmarks.md shows both). See Abadie, Athey, Imbens and Wooldridge, "When Should You
-Adjust Standard Errors for Clustering?", Quarterly Journal of Economics 138 (2023) 1-35: clusters count where samples or
+would save. For these instances it is four times too wide with two of them, and covers 100 % where they differ or one is
+much noisier than the rest (docs/benchmarks.md). See Abadie, Athey, Imbens and Wooldridge, "When Should You Adjust
+Standard Errors for Clustering?", Quarterly Journal of Economics 138 (2023) 1-35: clusters count where samples or
 treatments are drawn by cluster; here each pair has a coin of its own.
 """
 

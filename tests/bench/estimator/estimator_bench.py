@@ -159,7 +159,13 @@ def print_comparison(jobs: dict[str, list]) -> None:
             mine, other = job.result()
             ours.merge(mine)
             theirs.merge(other)
-        cells = (f"{each.percent:5.1f} %, +-{np.median(each.half_widths):5.2f} points" for each in (ours, theirs))
+        cells = []
+        for each in (ours, theirs):
+            width = float(np.median(each.half_widths))
+            cells.append(
+                f"{each.percent:5.1f} %, "
+                + (f"+-{width:5.2f} points" if np.isfinite(width) else "mostly without an end")
+            )
         line(f"  {scenario.name:<30} {ours.pools:>6}   {'     '.join(cells)}")
 
 
