@@ -17,7 +17,7 @@ from wattlock_operator.sequential import (
     log_evidence,
     pairs_needed,
 )
-from wattlock_operator.verdict import Pooled, forecast, judge
+from wattlock_operator.verdict import Pooled, forecast, judge, pairs_to_go
 
 SIZES = st.lists(st.floats(1e-4, 2.0), min_size=1, max_size=10)
 
@@ -121,3 +121,12 @@ def test_the_forecast_is_told_in_pairs_and_time():
     # 77 pairs in all: 37 to go, so 19 for each of two instances, of 40 s each
     assert text == "about 40 more pair(s) if they are like those so far, some 20 min with 2 instance(s)"
     assert forecast(pooled, Reason.INTERVAL_INCLUDES_ZERO, Verification()) == ""
+
+
+def test_an_interval_that_is_too_wide_needs_pairs_by_the_square():
+    values = [-0.2 + 0.12 * (-1) ** number for number in range(8)]
+    pooled = Pooled(pool([Sample(*sums(values))]), *sums(values)[1:])
+    assert judge(pooled) is Reason.INTERVAL_TOO_WIDE
+    # a half-width of 8.8 points: 8 * (8.8 / 3)^2 = 69 pairs in all
+    assert pairs_to_go(pooled, Reason.INTERVAL_TOO_WIDE) == pytest.approx(61, abs=2)
+    assert forecast(pooled, Reason.INTERVAL_TOO_WIDE, Verification()).startswith("about 70 more pair(s)")
