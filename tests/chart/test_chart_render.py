@@ -20,6 +20,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "pod monitors": ("metrics.podMonitor.enabled=true", "metrics.podMonitor.labels.release=prometheus"),
     "agents apart": ("agent.namespace=gpu-agents", "metrics.podMonitor.enabled=true"),
     "no hook": ("hooks.preDelete.enabled=false",),
+    "network policies": ("networkPolicy.enabled=true", "agent.namespace=gpu-agents"),
     "everything set": (
         "image.registry=registry.example/team",
         "image.tag=dev",
@@ -130,7 +131,8 @@ def test_what_needs_nothing_of_its_node_fits_pod_security_restricted(helm, case)
             continue
         assert pod["securityContext"]["runAsNonRoot"] is True, component
         assert pod["securityContext"]["runAsUser"] == 65532, component
-        assert all("hostPath" not in volume for volume in pod["volumes"]), component
+        # of the kinds of volumes that "restricted" allows, these are all that we use
+        assert all(set(volume) <= {"name", "configMap", "emptyDir"} for volume in pod["volumes"]), component
 
 
 @every_case
@@ -394,6 +396,22 @@ def test_the_operator_makes_its_daemonset_of_the_template(helm):
     observing = daemon_set(agent_template(helm.render()), Placement(), Mode.OBSERVE, "wattlock-system")
     (container,) = observing["spec"]["template"]["spec"]["containers"]
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_an_agent_is_confined_in_every_mode(helm, mode):
+    pod = daemon_set(agent_template(helm.render()), Placement(), mode, "wattlock-system")["spec"]["template"]["spec"]
+    assert pod["securityContext"] == {"runAsUser": 0, "runAsGroup": 0, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert {pod["hostNetwork"], pod["hostPID"], pod["hostIPC"]} == {False}
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {
+        "privileged": False,
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"], **({"add": ["SYS_ADMIN"]} if mode is Mode.ENFORCE else {})},
+    }
+    mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
+    assert mounts == {"/var/lib/wattlock": False, "/var/lib/kubelet/pod-resources": True}
 
 
 def test_pod_monitors_look_where_the_pods_are(helm):

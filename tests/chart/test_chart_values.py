@@ -25,6 +25,10 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "short digest": ("agent.image.digest=sha256:abc", ("'/agent/image/digest'", "does not match pattern")),
     "unknown pull policy": ("image.pullPolicy=always", ("'/image/pullPolicy'", "'IfNotPresent'")),
     "label that is a boolean": ("simulator.nodeSelector.gpu=true", ("/simulator/nodeSelector/gpu", "want string")),
+    "API server at port 0": ("networkPolicy.apiServer.ports={0}", ("'/networkPolicy/apiServer/ports/0'",)),
+    "address without a mask": ("networkPolicy.servingCIDRs={10.0.0.1}", ("'/networkPolicy/servingCIDRs/0'",)),
+    "name for an address": ("networkPolicy.apiServer.cidrs={api/24}", ("'/networkPolicy/apiServer/cidrs/0'",)),
+    "peer without a selector": ("networkPolicy.metricsFrom={monitoring}", ("'/networkPolicy/metricsFrom/0'",)),
     "hook without time": ("hooks.preDelete.timeoutSeconds=5", ("/hooks/preDelete/timeoutSeconds", "want 60")),
     "toleration in lower case": ("simulator.tolerations[0].operator=exists", ("'Exists', 'Equal'",)),
 }
