@@ -64,6 +64,8 @@ class _Held:
     lock_not_before_seconds: float = 0.0
     release_not_before_seconds: float = 0.0
     release_problem: str = ""
+    undone: bool = False
+    """The driver has reset the GPU since our last lock."""
     writes: int = 0
 
 
@@ -84,19 +86,25 @@ class Actuator:
         self._journal_retry_at_seconds = 0.0
 
     def drop_records_of_other_boots(self) -> None:
-        """Remove the records that a reboot has made void, without touching a GPU."""
+        """Remove the records that a reboot has made void, without touching a GPU.
+
+        One that cannot be removed (a disk that became read-only) stays on the disk and counts for nothing.
+        """
         for uuid, record in self._journal.records().items():
             if record.boot_id != self._boot_id:
                 _log.info("gpu=%s lock of an earlier boot, undone by the reboot", uuid)
-                self._journal.remove(uuid)
+                try:
+                    self._journal.remove(uuid)
+                except JournalError as error:
+                    _log.warning("gpu=%s record of an earlier boot: %s", uuid, error)
 
     def journal_problem(self, now_seconds: float) -> str:
         """Return why nothing can be recorded; empty when it can or is worth another try."""
         return self._journal_problem if now_seconds < self._journal_retry_at_seconds else ""
 
     def records(self) -> Mapping[str, LockRecord]:
-        """Return the journal's records by GPU UUID."""
-        return self._journal.records()
+        """Return the journal's records of this boot by GPU UUID."""
+        return {uuid: each for uuid, each in self._journal.records().items() if each.boot_id == self._boot_id}
 
     def writes(self, uuid: str) -> int:
         """Return how many locks and resets the driver has accepted for the GPU."""
@@ -113,7 +121,8 @@ class Actuator:
         return GpuView(
             identity=identity,
             lock=held.lock,
-            recorded=identity.uuid in self._journal.records(),
+            recorded=identity.uuid in self.records(),
+            undone=held.undone,
             fault=fault,
             refused=held.refused,
             conflict=held.conflict,
@@ -180,9 +189,10 @@ class Actuator:
             JournalError: at least one record was not removed.
         """
         failure: GpuError | JournalError | None = None
-        for uuid in self._journal.records():
+        for uuid in self.records():
             try:
-                self._writer.reset(uuid)
+                if not self._held.setdefault(uuid, _Held()).undone:
+                    self._writer.reset(uuid)
                 self._journal.remove(uuid)
                 self._held.pop(uuid, None)
             except (GpuError, JournalError) as error:
@@ -197,7 +207,7 @@ class Actuator:
         uuid = decision.uuid
         held = self._held.setdefault(uuid, _Held())
         held.lock_not_before_seconds = now_seconds + MIN_LOCK_INTERVAL_SECONDS
-        known = uuid in self._journal.records()
+        known = uuid in self.records()
         record = LockRecord(
             gpu_uuid=uuid,
             cap_mhz=lock.cap_mhz,
@@ -212,6 +222,7 @@ class Actuator:
             self._journal_failed(error, now_seconds)
             return
         self._journal_problem = ""
+        held.undone = False
         try:
             self._writer.lock(uuid, lock.low_mhz, lock.cap_mhz)
         except GpuError as error:
@@ -249,6 +260,9 @@ class Actuator:
     def _release(self, decision: Decision, now_seconds: float) -> None:
         uuid = decision.uuid
         held = self._held.setdefault(uuid, _Held())
+        if held.undone:  # only its record is still there: whoever has locked the GPU since is not us
+            self._forget(uuid, now_seconds)
+            return
         try:
             self._writer.reset(uuid)
         except GpuError as error:
@@ -258,6 +272,7 @@ class Actuator:
             return
         held.lock = None
         held.release_problem = ""
+        held.undone = True
         held.writes += 1
         _log.info("gpu=%s released reason=%s %s", uuid, decision.reason, decision.message)
         self._forget(uuid, now_seconds)

@@ -109,6 +109,7 @@ class Agent:
         self._holders_asked_seconds = float("-inf")
         self._holders_pending = False
         self._lock_waits = False
+        self._journal_damage = ""
         self._parted: dict[InstanceKey, Parted] = {}
         self._holdings = Holdings()
         self._scan = Scan(0, None)
@@ -151,9 +152,10 @@ class Agent:
             raise RuntimeError(f"a thread of the agent failed: {event.error!r}") from event.error
         return False
 
-    def open_journal(self, journal: Journal) -> None:
-        """Use the real journal from now on."""
+    def open_journal(self, journal: Journal, damage: str = "") -> None:
+        """Use the real journal from now on. ``damage``: what of it could not be read, for people."""
         self.actuator = Actuator(self._gpus, journal, self._boot_id)
+        self._journal_damage = damage
         self.actuator.drop_records_of_other_boots()
 
     def holders_wanted(self, clock: Clock) -> bool:
@@ -278,6 +280,7 @@ class Agent:
                 if (hold := instance.hold(now_seconds)) is not None
             },
             journal_problem=self.actuator.journal_problem(now_seconds),
+            journal_damage=self._journal_damage,
             pending=now_seconds - self._started_seconds < START_SECONDS
             and (
                 self._orders is None

@@ -71,7 +71,7 @@ class FileJournal:
         if self._directory_fd is not None:
             return
         with self._explained("open"):
-            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._make_directory()
             # The directory itself is locked: no lock file to leave behind, and it works where nothing can be written.
             directory_fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -152,6 +152,17 @@ class FileJournal:
             raise JournalError(f"the journal {self._directory} is not acquired; nothing may be locked")
         return self._directory_fd
 
+    def _make_directory(self) -> None:
+        """Create the directory; what is made is on the disk on return, else power loss could take it with its files."""
+        missing = [each for each in (self._directory, *self._directory.parents) if not each.exists()]
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for each in missing:
+            parent_fd = os.open(each.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(parent_fd)
+            finally:
+                os.close(parent_fd)
+
     def _lock(self, directory_fd: int) -> None:
         try:
             fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,11 +178,14 @@ class FileJournal:
 
     def _load(self, directory_fd: int) -> None:
         records: dict[str, LockRecord] = {}
-        names = sorted(os.listdir(directory_fd))
-        problems = [
-            f"{self._directory / name}: one of too many files, not read; remove what is not Wattlock's"
-            for name in names[_MAX_FILES:]
-        ]
+        problems: list[str] = []
+        # Other people's files come last: however many there are, they hide no record.
+        names = sorted(os.listdir(directory_fd), key=lambda name: (not _is_record(name), name))
+        if len(names) > _MAX_FILES:
+            problems.append(
+                f"{self._directory}: {len(names)} files, only {_MAX_FILES} are read, those named after GPUs first; "
+                "remove what is not Wattlock's"
+            )
         for name in names[:_MAX_FILES]:
             gpu_uuid = name.removesuffix(_SUFFIX)
             if name.endswith(_SUFFIX + _TEMPORARY_SUFFIX):
@@ -179,8 +193,8 @@ class FileJournal:
                 with suppress(OSError):
                     os.unlink(name, dir_fd=directory_fd)
                 continue
-            if gpu_uuid == name or not _GPU_NAME.fullmatch(gpu_uuid):
-                problems.append(f"{self._directory / name}: not a file of Wattlock; remove it")
+            if not _is_record(name):
+                problems.append(f"{_shown(self._directory / name)}: not a file of Wattlock; remove it")
                 continue
             try:
                 records[gpu_uuid] = decode(_read_file(directory_fd, name), gpu_uuid)
@@ -233,6 +247,15 @@ def decode(content: bytes, gpu_uuid: str) -> LockRecord:
     if texts["gpu_uuid"] != gpu_uuid:
         raise ValueError("it is about another GPU than its name")
     return LockRecord(cap_mhz=cap_mhz, **texts)
+
+
+def _is_record(name: str) -> bool:
+    return name.endswith(_SUFFIX) and _GPU_NAME.fullmatch(name.removesuffix(_SUFFIX)) is not None
+
+
+def _shown(path: Path) -> str:
+    """Return a path fit for logs and status: a file name may be any bytes."""
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from wattlock_agent.events import Event, HoldersSeen, ScrapeDone, ThreadFailed
 from wattlock_agent.gpu.base import GpuDriver, GpuIdentity
 from wattlock_agent.holders.base import Holders, KubeletError
 from wattlock_agent.http_server import AgentServer
-from wattlock_agent.journal import Journal, JournalError
+from wattlock_agent.journal_keeper import HostJournal, JournalKeeper
 from wattlock_agent.metrics import Snapshot, SnapshotBoard, Totals
 from wattlock_agent.orders import NO_ORDERS, InstanceKey
 from wattlock_agent.report import Reported, build_status, is_due
@@ -33,7 +33,6 @@ from wattlock_agent.workers import GpuThread, Workers
 _log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
-JOURNAL_RETRY_SECONDS = 2.0
 SCRAPE_THREADS = 4
 #: A status that the API server did not take is tried again after this, plus the shortest interval.
 REFUSED_STATUS_SECONDS = 8.0
@@ -58,13 +57,6 @@ class PageReader(Protocol):
         """Read one page; never raises."""
 
 
-class HostJournal(Journal, Protocol):
-    """A journal that must be had before it can be used."""
-
-    def acquire(self) -> None:
-        """Take it. Raises JournalError."""
-
-
 class Loop:
     """One process of the agent."""
 
@@ -82,9 +74,7 @@ class Loop:
         self._version = version
         self._kubelet = kubelet
         self._scraper = scraper
-        self._journal = journal
-        self._journal_open = False
-        self._journal_due_seconds = float("-inf")
+        self._journal = JournalKeeper(journal)
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._session = DriverSession(driver)
         self._gpus = GpuThread(self._session)
@@ -115,6 +105,7 @@ class Loop:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._events.put(None))
+        server: AgentServer | None = None
         try:
             server = AgentServer(("", self._settings.http_port), self.board)
             server.start()
@@ -183,7 +174,7 @@ class Loop:
         return self._agent.handle(event, self._clock())
 
     def _pass(self, clock: Clock) -> None:
-        self._open_journal(clock)
+        self._journal.open(self._agent, clock.now_seconds)
         self._agent.tick(clock)
         status = self._build_status()
         done_seconds = now_seconds()
@@ -198,21 +189,6 @@ class Loop:
         """Whether the operator has made a NodeEnergy for this node, so that there is something to report to."""
         orders = self._agent.outlook.world.orders if self._agent.outlook else None
         return orders is not None and orders != NO_ORDERS
-
-    def _open_journal(self, clock: Clock) -> None:
-        if self._journal_open or clock.now_seconds < self._journal_due_seconds:
-            return
-        self._journal_due_seconds = clock.now_seconds + JOURNAL_RETRY_SECONDS
-        try:
-            self._journal.acquire()
-            self._agent.open_journal(self._journal)
-        except JournalError as error:
-            _log.warning("journal: %s", error)
-            self._agent.open_journal(NoJournal(str(error)))
-            return
-        self._journal_open = True
-        for uuid, record in self._journal.records().items():
-            _log.info("gpu=%s lock of an earlier agent: %d MHz for pod %s", uuid, record.cap_mhz, record.pod_uid)
 
     def _start_jobs(self, clock: Clock) -> None:
         if self._agent.holders_wanted(clock) and self._agent.outlook is not None:

@@ -74,6 +74,8 @@ class GpuView:
     """``None`` also when unknown, e.g. after a driver reload or a restart of the agent."""
     recorded: bool = False
     """Whether the journal has a record of a lock of ours."""
+    undone: bool = False
+    """The driver has reset the GPU since; if there is a record it could not be removed."""
     fault: Refusal | None = None
     """The GPU does not answer: nothing is written to it while this stands."""
     refused: Refusal | None = None
@@ -114,6 +116,8 @@ class World:
     pending: bool
     """At the start, while orders, holders or a sign of the operator may still come: locks of an earlier agent wait."""
     stopping: bool = False
+    journal_damage: str = ""
+    """What of the journal could not be read when this agent began; decides nothing, is shown to people."""
 
 
 @dataclass(frozen=True)
@@ -383,6 +387,10 @@ def _released(world: World, verdict: _Verdict, refusal: Refusal) -> Decision:
         return decision
     if gpu.conflict is not None:
         return replace(decision, action=Forget())
+    if gpu.undone:
+        text = f"{refusal.message}; released, but its record cannot be removed: {gpu.release_problem}"
+        due = world.now_seconds >= gpu.release_not_before_seconds
+        return replace(decision, message=text, action=Release() if due else None)
     left_over = replace(decision, state=GpuState.LOCKED, settled=False)
     if world.mode is not Mode.ENFORCE or not world.may_write:
         return replace(

@@ -85,6 +85,8 @@ def _agent_problem(outlook: Outlook) -> tuple[str, str]:
         return Reason.NO_PERMISSION, "the agent lacks the capability SYS_ADMIN: it measures and locks nothing"
     if world.journal_problem:
         return Reason.JOURNAL_UNWRITABLE, world.journal_problem
+    if world.journal_damage:
+        return Reason.JOURNAL_DAMAGED, world.journal_damage
     if world.orders is not None and world.orders.unreadable:
         return Reason.NO_ORDER, "orders that cannot be read: " + "; ".join(world.orders.unreadable)
     return "", ""

@@ -110,6 +110,7 @@ class Reason(StrEnum):
     NVML_ERROR = "NVMLError"
     NVML_NOT_FOUND = "NVMLNotFound"
     JOURNAL_UNWRITABLE = "JournalUnwritable"
+    JOURNAL_DAMAGED = "JournalDamaged"
     AGENT_STOPPING = "AgentStopping"
     # about measurements
     NO_ENERGY_COUNTER = "NoEnergyCounter"

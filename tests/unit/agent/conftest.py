@@ -90,6 +90,8 @@ class Effects:
 class MemoryJournal:
     """A journal whose content outlives the agent, as a disk would."""
 
+    problems: tuple[str, ...] = ()
+
     def __init__(self, effects: Effects | None = None) -> None:
         self.disk: dict[str, LockRecord] = {}
         self.broken = False
