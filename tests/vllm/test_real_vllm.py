@@ -169,17 +169,22 @@ def test_a_restart_of_vllm_is_survived(pair, simulator, enforce):
     def tokens(instance):
         return sum(float(arm["generatedTokens"]) for arm in instance["arms"])
 
+    def lost(instance):
+        # An engine that is away for longer than an epoch may come back in the first seconds of one, which are left out:
+        # then all of its epochs were lost to missing scrapes, and none had two lives in it.
+        return instance["dropped"]["restart"] + instance["dropped"]["samples"]
+
     def reported(key):
         return [each.number(key) for each in reports.values() if key in each.instance]
 
     with clients(pair.address("prefill"), pair.address("decode")), recorded(pair.address("decode")) as pages:
         counted = eventually("an epoch is counted", lambda: look(tokens), 180, every_seconds=1)
         eventually("tokens are reported", lambda: look(lambda _: reported("tokensPerSecond")), 60)
-        dropped = report(kubectl, name).instance["dropped"]["restart"]
+        dropped = lost(report(kubectl, name).instance)
         pair.kill("decode")
         eventually("the container is started again", lambda: look(lambda _: pair.restarts("decode") == 1), 60)
         eventually("the restart is noticed", lambda: look(lambda each: each["reason"] == "CountersRestarted"), 400)
-        eventually("its epoch is dropped", lambda: look(lambda each: each["dropped"]["restart"] > dropped), 120)
+        eventually("its epochs are dropped", lambda: look(lambda each: lost(each) > dropped), 120)
         eventually("epochs are counted again", lambda: look(lambda each: tokens(each) > counted + 100), 240)
         eventually("decode is locked again", lambda: simulator.locked() == decode, 180)
     assert pair.name("decode") == name, "another pod took its place"
