@@ -56,6 +56,10 @@ check: setup ## Check formatting, lint, types, import rules and the lock file
 unit: setup ## Run the unit tests alone (under a minute)
 	.venv/bin/python -m pytest tests/unit
 
+.PHONY: fuzz
+fuzz: setup ## Odd inputs through all parsers: 21,000 policies, orders, journals, pages..., from a seed of its own (a minute)
+	WATTLOCK_FUZZ_INPUTS=3000 .venv/bin/python -m pytest -q -s tests/unit/test_fuzz_parsers.py
+
 .PHONY: test-hardware
 test-hardware: ## Measure this machine's real GPU under load, read-only, and write docs/hardware/ (LOAD_PYTHON=PYTHON)
 	@dev/hardware

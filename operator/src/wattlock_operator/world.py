@@ -28,6 +28,8 @@ _Model = TypeVar("_Model", Order, GpuStatus, InstanceStatus)
 #: Set by the LeaderWorkerSet controller on each pod: https://lws.sigs.k8s.io/docs/reference/labels-annotations-and-environment-variables/
 _GROUP_SIZE = "leaderworkerset.sigs.k8s.io/size"
 _METRICS_PORT_NAMES = ("metrics", "prometheus", "system", "http")
+#: Of the lists in the contract.
+_MAX_GPUS, _MAX_INSTANCES = 32, 256
 _METRICS_PATH = re.compile(r"/[A-Za-z0-9._~/-]{0,127}")
 
 
@@ -164,8 +166,16 @@ def _mapping(value: Any) -> Json:
     return value if isinstance(value, Mapping) else {}
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _items(value: Any) -> list[Json]:
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+    return [item for item in _list(value) if isinstance(item, Mapping)]
+
+
+def _whole(value: Any) -> int:
+    return value if type(value) is int else 0
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -190,13 +200,13 @@ def parse_policy(body: Json) -> PolicyView:
         namespace=str(metadata.get("namespace", "")),
         name=str(metadata.get("name", "")),
         uid=str(metadata.get("uid", "")),
-        generation=int(metadata.get("generation") or 0),
+        generation=_whole(metadata.get("generation")),
         created=str(metadata.get("creationTimestamp", "")),
         spec=spec,
         status=status,
         problem=problem,
         deleting=bool(metadata.get("deletionTimestamp")),
-        finalizer=FINALIZER in (metadata.get("finalizers") or []),
+        finalizer=FINALIZER in _list(metadata.get("finalizers")),
         force_release=_mapping(metadata.get("annotations")).get(FORCE_RELEASE_ANNOTATION) == "true",
     )
 
@@ -300,11 +310,11 @@ def _parse_report(value: Any) -> NodeEnergyStatus | None:
     generation = value.get("observedGeneration")
     reported_at = value.get("reportedAt")
     return NodeEnergyStatus(
-        observed_generation=generation if isinstance(generation, int) else 0,
+        observed_generation=_whole(generation),
         reported_at=reported_at if isinstance(reported_at, str) else None,
         phase="Stopping" if value.get("phase") == "Stopping" else "Running",
-        gpus=_parse_each(GpuStatus, value.get("gpus"))[0],
-        instances=_parse_each(InstanceStatus, value.get("instances"))[0],
+        gpus=_parse_each(GpuStatus, value.get("gpus"))[0][:_MAX_GPUS],
+        instances=_parse_each(InstanceStatus, value.get("instances"))[0][:_MAX_INSTANCES],
     )
 
 
@@ -315,7 +325,7 @@ def parse_node_energy(body: Json) -> NodeEnergyView:
     return NodeEnergyView(
         name=str(metadata.get("name", "")),
         uid=str(metadata.get("uid", "")),
-        generation=int(metadata.get("generation") or 0),
+        generation=_whole(metadata.get("generation")),
         orders=tuple(sorted(orders, key=lambda order: order.pod_uid)),
         readable=readable,
         status=_parse_report(body.get("status")),

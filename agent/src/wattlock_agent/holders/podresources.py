@@ -38,6 +38,20 @@ _REMEDIES = {
 }
 
 
+def parse_claims(content: bytes) -> list[DeviceClaim]:
+    """Return the devices of all containers in an answer of the kubelet.
+
+    Raises:
+        DecodeError: it is none.
+    """
+    return [
+        DeviceClaim(PodName(pod.namespace, pod.name), devices.resource_name, tuple(devices.device_ids))
+        for pod in ListPodResourcesResponse.FromString(content).pod_resources
+        for container in pod.containers
+        for devices in container.devices
+    ]
+
+
 class PodResources:
     """Client of the kubelet. One thread at a time. Survives restarts of the kubelet: the path is opened anew."""
 
@@ -62,13 +76,14 @@ class PodResources:
         Raises:
             KubeletError: no usable answer.
         """
-        response = self._list()
-        return [
-            DeviceClaim(PodName(pod.namespace, pod.name), devices.resource_name, tuple(devices.device_ids))
-            for pod in response.pod_resources
-            for container in pod.containers
-            for devices in container.devices
-        ]
+        content = self._list()
+        try:
+            return parse_claims(content)
+        except DecodeError as error:
+            self.close()
+            raise KubeletError(
+                f"the answer on {self._socket} is no PodResources list; is this the kubelet's pod-resources socket?"
+            ) from error
 
     def close(self) -> None:
         """Close the connection; a later call opens it again."""
@@ -76,7 +91,7 @@ class PodResources:
             self._channel.close()
             self._channel = None
 
-    def _list(self) -> ListPodResourcesResponse:
+    def _list(self) -> bytes:
         if self._channel is None:
             self._channel = grpc.insecure_channel(f"unix://{self._socket.absolute()}", options=_OPTIONS)
         call: grpc.UnaryUnaryMultiCallable[ListPodResourcesRequest, bytes] = self._channel.unary_unary(
@@ -86,17 +101,11 @@ class PodResources:
             response_deserializer=None,
         )
         try:
-            content = call(ListPodResourcesRequest(), timeout=self._timeout_seconds)
-            return ListPodResourcesResponse.FromString(content)
+            return call(ListPodResourcesRequest(), timeout=self._timeout_seconds)
         except grpc.RpcError as error:
             # A new channel next time: this one would wait longer after each failure, up to two minutes.
             self.close()
             raise self._error(error) from error
-        except DecodeError as error:
-            self.close()
-            raise KubeletError(
-                f"the answer on {self._socket} is no PodResources list; is this the kubelet's pod-resources socket?"
-            ) from error
 
     def _error(self, error: grpc.RpcError) -> KubeletError:
         code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
