@@ -1,6 +1,6 @@
 """The agent's life as a state machine: any faults in any order, and death before any effect.
 
-Without WATTLOCK_MODEL_EXAMPLES 25 lives are made, always the same ones, and a failing one is shown as it is. With it
+Without WATTLOCK_MODEL_EXAMPLES 30 lives are made, always the same ones, and a failing one is shown as it is. With it
 (``WATTLOCK_MODEL_EXAMPLES=1000 .venv/bin/python -m pytest tests/unit/agent/test_lifecycle_model.py``) others are made
 each time, and a failing one is made short first, which takes minutes.
 """
@@ -36,9 +36,9 @@ KINDS = {
     "cap 1590": {"capMHz": 1590},
     "cap 1200": {"capMHz": 1200},
     "observe": {"mode": "Observe", "capMHz": 1590},
-    "prefill": {"role": "Prefill"},
-    "mixed": {"role": "Mixed"},
-    "held": {"hold": {"reason": "NoPrefillPeer", "message": "none"}},
+    "prefill": {"role": "Prefill", "capMHz": 1590},
+    "mixed": {"role": "Mixed", "capMHz": 1590},
+    "held": {"capMHz": 1590, "hold": {"reason": "NoPrefillPeer", "message": "none"}},
     "none": None,
 }
 gpus = st.sampled_from(range(len(UUIDS)))
@@ -159,9 +159,25 @@ class Lifecycle(RuleBasedStateMachine):
         self.generation = 0
         self.publish()
 
-    @event(what=st.sampled_from(["api_up", "operator_up", "kubelet_up", "late"]), value=st.booleans())
+    @event(what=st.sampled_from(["api_up", "operator_up", "kubelet_up"]), value=st.sampled_from([True, True, False]))
     def cluster_changes(self, what: str, value: bool) -> None:
         setattr(self.cluster, what, value)
+
+    @event(late=st.sampled_from([False, False, True]))
+    def messages_get_late_or_prompt(self, late: bool) -> None:
+        self.cluster.late = late
+
+    @event()
+    def faults_end(self) -> None:
+        self.faults_end_now()
+
+    @event(number=gpus)
+    def order_comes_and_goes(self, number: int) -> None:
+        for kind in ("none", "cap 1590", "none"):
+            self.kinds[number] = kind
+            self.publish()
+            for _ in range(6):
+                self.second(1.0)
 
     @event(number=st.integers(0, 3), index=st.integers(0, 1))
     def late_message_arrives(self, number: int, index: int) -> None:
@@ -173,11 +189,11 @@ class Lifecycle(RuleBasedStateMachine):
         if index < len(self.processes) and self.processes[index].received is not None:
             self.processes[index].inbox.insert(0, self.processes[index].received)
 
-    @event(error=st.sampled_from([None, errno.ENOSPC, errno.EROFS]))
+    @event(error=st.sampled_from([None, None, errno.ENOSPC, errno.EROFS]))
     def disk_changes(self, error: int | None) -> None:
         self.host.disk_error = error
 
-    @event(call=st.sampled_from(["open", "read", "lock", "reset"]), fault=st.sampled_from([None, "a", "b"]))
+    @event(call=st.sampled_from(["open", "read", "lock", "reset"]), fault=st.sampled_from([None, None, "a", "b"]))
     def driver_changes(self, call: str, fault: str | None) -> None:
         self.hardware.faults.pop(call, None)
         if fault is not None:
@@ -248,6 +264,14 @@ class Lifecycle(RuleBasedStateMachine):
     def start(self) -> None:
         self.processes.append(Process(self.host, self.hardware, self.cluster, self.path))
 
+    def faults_end_now(self) -> None:
+        self.host.disk_error = self.host.effects_left = None
+        self.hardware.faults.clear()
+        self.cluster.api_up = self.cluster.operator_up = self.cluster.kubelet_up = True
+        self.cluster.late = False
+        if not self.processes:
+            self.start()
+
     def healthy(self) -> bool:
         return self.host.disk_error is None and not self.hardware.faults and self.host.effects_left is None
 
@@ -289,6 +313,10 @@ class Lifecycle(RuleBasedStateMachine):
         assert self.hardware.ours <= set(self.hardware.recorded()), "a lock of ours without a record on the disk"
 
     @invariant()
+    def only_one_process_acts(self) -> None:
+        assert sum(process.has_journal for process in self.processes) <= 1
+
+    @invariant()
     def a_persons_lock_stays(self) -> None:
         if FOREIGN_GPU in self.hardware.locks:
             assert self.hardware.locks[FOREIGN_GPU] == FOREIGN
@@ -305,12 +333,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def settle(self) -> None:
         """All faults end; then everything is as it should be."""
-        self.host.disk_error = self.host.effects_left = None
-        self.hardware.faults.clear()
-        self.cluster.api_up = self.cluster.operator_up = self.cluster.kubelet_up = True
-        self.cluster.late = False
-        if not self.processes:
-            self.start()
+        self.faults_end_now()
         self.policy_generation += 1  # what a person does about a conflict or a refusal
         self.publish()
         for _ in range(SETTLE_SECONDS):
@@ -334,7 +357,7 @@ def test_the_promises_hold_through_any_life():
     run_state_machine_as_test(
         Lifecycle,
         settings=settings(
-            max_examples=int(EXAMPLES or 25),
+            max_examples=int(EXAMPLES or 30),
             stateful_step_count=40,
             derandomize=not EXAMPLES,
             database=None,
