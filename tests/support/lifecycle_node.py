@@ -28,8 +28,8 @@ from wattlock_api.nodeenergy import Order
 
 CLOCKS = tuple(range(345, 1981, 15))
 FOREIGN = (1200, 1200)
-#: The kubelet is asked within two seconds of a lock, and a pass takes one.
-HOLDER_LAG_SECONDS = 4.0
+#: No lock is written by an older answer of the kubelet.
+HOLDER_LAG_SECONDS = 2.0
 
 
 class KilledError(BaseException):
@@ -186,12 +186,21 @@ class Cluster:
     api_up: bool = True
     operator_up: bool = True
     kubelet_up: bool = True
+    renewal: str = "never"
+    """What the operator wrote into its lease last."""
+    renewal_read: str = "never"
+    renewal_read_at_seconds: float = 0.0
+    """When the API server first showed it."""
     late: bool = False
     """Messages wait until they are asked for."""
     past_pods: dict[str, dict[PodName, float]] = field(default_factory=dict)
     """When a pod was last seen to hold a GPU, by its UUID."""
 
-    def note_holders(self, now_seconds: float) -> None:
+    def pass_time(self, now_seconds: float) -> None:
+        if self.operator_up:
+            self.renewal = f"renewed at {now_seconds}"
+        if self.api_up and self.renewal != self.renewal_read:
+            self.renewal_read, self.renewal_read_at_seconds = self.renewal, now_seconds
         for uuid, pod in self.pods.items():
             self.past_pods.setdefault(uuid, {})[pod] = now_seconds
 
@@ -227,8 +236,7 @@ class Process:
         """Make one turn of the loop."""
         cluster, clock = self._cluster, self.clock
         if cluster.api_up:
-            renewal = f"renewed at {clock.now_seconds}" if cluster.operator_up else "renewed long ago"
-            self.agent.handle(LeaseSeen(renewal, 1.0 if cluster.operator_up else 5000.0), clock)
+            self.agent.handle(LeaseSeen(cluster.renewal, 1.0 if cluster.operator_up else 5000.0), clock)
             while self.inbox and not cluster.late:
                 self.deliver(0)
         if self._asked is not None:  # what the kubelet said a pass ago

@@ -84,19 +84,24 @@ class Actuator:
         self._held: dict[str, _Held] = {}
         self._journal_problem = ""
         self._journal_retry_at_seconds = 0.0
+        self._void_records = False
+        self._void_retry_at_seconds = 0.0
 
     def drop_records_of_other_boots(self) -> None:
         """Remove the records that a reboot has made void, without touching a GPU.
 
-        One that cannot be removed (a disk that became read-only) stays on the disk and counts for nothing.
+        One that cannot be removed (a disk that became read-only) counts for nothing; ``apply`` tries again.
         """
+        self._void_records = False
         for uuid, record in self._journal.records().items():
-            if record.boot_id != self._boot_id:
+            if record.boot_id == self._boot_id:
+                continue
+            try:
+                self._journal.remove(uuid)
                 _log.info("gpu=%s lock of an earlier boot, undone by the reboot", uuid)
-                try:
-                    self._journal.remove(uuid)
-                except JournalError as error:
-                    _log.warning("gpu=%s record of an earlier boot: %s", uuid, error)
+            except JournalError as error:
+                self._void_records = True
+                _log.warning("gpu=%s record of an earlier boot: %s", uuid, error)
 
     def journal_problem(self, now_seconds: float) -> str:
         """Return why nothing can be recorded; empty when it can or is worth another try."""
@@ -164,6 +169,9 @@ class Actuator:
         Returns:
             Whether anything was tried.
         """
+        if self._void_records and now_seconds >= self._void_retry_at_seconds:
+            self._void_retry_at_seconds = now_seconds + RETRY_JOURNAL_SECONDS
+            self.drop_records_of_other_boots()
         locks: list[tuple[Decision, Lock]] = []
         tried = False
         for decision in decisions.values():

@@ -22,6 +22,7 @@ from wattlock_agent import journal_file
 from wattlock_agent.gpu.base import GpuFault
 from wattlock_agent.holders.base import PodName
 from wattlock_agent.orders import NO_ORDERS, Orders
+from wattlock_api.constants import STALE_ORDERS_SECONDS
 from wattlock_api.nodeenergy import Order
 
 EXAMPLES = os.environ.get("WATTLOCK_MODEL_EXAMPLES")
@@ -107,7 +108,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def publish(self, *more: Order | None) -> None:
         self.generation += 1
-        orders = [*more, *(self.order(number) for number in self.kinds)]
+        orders = [*(self.order(number) for number in self.kinds), *more]
         self.send(Orders(self.generation, tuple(each for each in orders if each is not None)))
 
     def send(self, orders: Orders) -> None:
@@ -138,6 +139,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.incarnations[number] += 1
         if overlap:
             self.publish(self.order(number, self.incarnations[number] - 1))
+            self.second(1.0)
         self.publish()
 
     @event(first=gpus, second=gpus)
@@ -152,6 +154,19 @@ class Lifecycle(RuleBasedStateMachine):
     @event(number=gpus)
     def pod_goes(self, number: int) -> None:
         self.cluster.pods.pop(UUIDS[number], None)
+
+    @event(number=gpus, before=st.integers(0, 4))
+    def order_comes_after_its_pod_has_gone(self, number: int, before: int) -> None:
+        """Between two questions to the kubelet."""
+        self.kinds[number] = "none"
+        self.publish()
+        for _ in range(5 + before):
+            self.second(1.0)
+        self.cluster.pods.pop(UUIDS[number], None)
+        for _ in range(3):
+            self.second(1.0)
+        self.kinds[number] = "cap 1590"
+        self.publish()
 
     @event()
     def node_energy_is_deleted_and_comes_back(self) -> None:
@@ -209,8 +224,10 @@ class Lifecycle(RuleBasedStateMachine):
         self.hardware.locks.pop(UUIDS[number], None)
         self.hardware.ours.discard(UUIDS[number])
 
-    @event()
-    def node_reboots(self) -> None:
+    @event(read_only=st.booleans())
+    def node_reboots(self, read_only: bool) -> None:
+        """A disk with errors comes back read-only."""
+        self.host.disk_error = errno.EROFS if read_only else None
         for process in self.processes:
             process.die()
         self.processes.clear()
@@ -254,10 +271,14 @@ class Lifecycle(RuleBasedStateMachine):
         for _ in range(passes):
             self.second(1.0)
 
-    @rule()
-    def ten_minutes_pass(self) -> None:
-        for _ in range(62):
+    @rule(without=st.sampled_from([None, "api_up", "operator_up"]))
+    def ten_minutes_pass(self, without: str | None) -> None:
+        if without is not None:
+            setattr(self.cluster, without, False)
+        for _ in range(STALE_ORDERS_SECONDS // 10 + MAX_PASSES + 8):
             self.second(10.0)
+        if without is not None:
+            setattr(self.cluster, without, True)
 
     # --- the machinery -----------------------------------------------------------------------------------------------
 
@@ -288,7 +309,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def second(self, seconds: float) -> None:
         self.host.now_seconds += seconds
-        self.cluster.note_holders(self.host.now_seconds)
+        self.cluster.pass_time(self.host.now_seconds)
         for process in list(self.processes):
             self.act(process, process.step)
         self.every_lock_has_its_record()
@@ -302,7 +323,8 @@ class Lifecycle(RuleBasedStateMachine):
             seen = self.cluster.past_pods.get(uuid, {})
             lately = [pod for pod, at in seen.items() if now_seconds - at <= 60]
             ready = holder is not None and self.healthy() and now_seconds - holder.started_seconds > 40
-            wanted = holder is not None and any(holder.wants(pod) for pod in lately)
+            fresh = now_seconds - self.cluster.renewal_read_at_seconds <= STALE_ORDERS_SECONDS
+            wanted = fresh and holder is not None and any(holder.wants(pod) for pod in lately)
             counts = ready and not wanted and uuid in self.hardware.ours
             self.unwanted_passes[uuid] = self.unwanted_passes[uuid] + 1 if counts else 0
             # A release that failed before is tried again after two seconds, a driver is opened after five.
