@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from random import Random
 from typing import Any
 
@@ -37,7 +38,7 @@ ODD_VALUES: tuple[Any, ...] = (
 
 def _deep(random: Random) -> Any:
     value: Any = random.choice(ODD_VALUES)
-    for _ in range(random.choice((3, 40, 150))):
+    for _ in range(random.choice((3, 20, 60))):
         value = [value] if random.random() < 0.5 else {"a": value}
     return value
 
@@ -83,6 +84,8 @@ def _has(holder: Any, key: Any) -> bool:
     return key in holder if isinstance(holder, dict) else key < len(holder)
 
 
+_NUMBER = re.compile(rb"(?<= )[0-9][0-9.e+]*")
+_ODD_NUMBERS = (b"-1", b"NaN", b"+Inf", b"-Inf", b"1e999", b"1e308", b"1e-400", b"0x10", b"1_0", b"", b"7", b"9" * 400)
 _ODD_BYTES = (b"\0", b"\n", b"\r\n", b"{", b"}", b'"', b"\\", b"#", b" ", b"NaN", b"-1", b"1e999", b"+Inf", b"\xff")
 _ODD_BYTES += (b"9" * 400, b"x" * 20_000, b"\n" * 500, b'{a="' * 200, b"\\\\" * 500, b"# EOF\n", b"<html>")
 
@@ -94,7 +97,10 @@ def odd_bytes(good: bytes, random: Random) -> bytes:
         at, until = sorted(random.randrange(len(value) + 1) for _ in range(2))
         near = min(until, at + random.choice((1, 4, 40)))
         kind = random.random()
-        if kind < 0.3:
+        number = _NUMBER.search(value, at) if kind < 0.15 else None
+        if number is not None:
+            value[number.start() : number.end()] = random.choice(_ODD_NUMBERS)
+        elif kind < 0.3:
             value[at:near] = random.choice(_ODD_BYTES)
         elif kind < 0.45:
             value[at:near] = random.randbytes(near - at)
