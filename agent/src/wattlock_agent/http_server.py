@@ -2,24 +2,21 @@
 
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from wattlock_api.probe_server import TIMEOUT_SECONDS, ProbeServer
 
 from wattlock_agent import boottime
 from wattlock_agent.metrics import SnapshotBoard, make_registry
 
 #: Without a pass of the loop for so long the agent counts as dead.
 HEARTBEAT_SECONDS = 15.0
-_REQUEST_TIMEOUT_SECONDS = 5
-_MAX_REQUESTS = 8
 
 
-class AgentServer(ThreadingHTTPServer):
+class AgentServer(ProbeServer):
     """The HTTP server. Ready and alive are judged by the loop's snapshot, never by whether /metrics works."""
-
-    daemon_threads = True
 
     def __init__(
         self, address: tuple[str, int], board: SnapshotBoard, now_seconds: Callable[[], float] = boottime.now_seconds
@@ -29,28 +26,10 @@ class AgentServer(ThreadingHTTPServer):
         self.board = board
         self.registry: CollectorRegistry = make_registry(board)
         self.now_seconds = now_seconds
-        self._slots = threading.BoundedSemaphore(_MAX_REQUESTS)
 
     def start(self) -> None:
         """Serve in a thread of its own."""
         threading.Thread(target=self.serve_forever, name="http", daemon=True).start()
-
-    def process_request(self, request: object, client_address: object) -> None:
-        """Serve a request in a thread; more than eight at a time are turned away."""
-        if not self._slots.acquire(blocking=False):
-            self.shutdown_request(request)  # type: ignore[arg-type]
-            return
-        super().process_request(request, client_address)  # type: ignore[arg-type]
-
-    def process_request_thread(self, request: object, client_address: object) -> None:
-        """Serve one request, then free its slot."""
-        try:
-            super().process_request_thread(request, client_address)  # type: ignore[arg-type]
-        finally:
-            self._slots.release()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore clients that went away."""
 
     def answer(self, path: str) -> tuple[int, str, bytes]:
         """Return status, content type and body for a path."""
@@ -71,7 +50,7 @@ class AgentServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: AgentServer
-    timeout = _REQUEST_TIMEOUT_SECONDS
+    timeout = TIMEOUT_SECONDS
     server_version = "wattlock-agent"
     sys_version = ""
 

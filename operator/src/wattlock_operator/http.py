@@ -4,10 +4,11 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from wattlock_api.probe_server import TIMEOUT_SECONDS, ProbeServer
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ class Probes:
     ready: Callable[[], bool]
 
 
-def serve(port: int, probes: Probes) -> ThreadingHTTPServer:
+def serve(port: int, probes: Probes) -> ProbeServer:
     """Serve in a daemon thread; call ``shutdown`` on the result to stop.
 
     Raises:
@@ -29,7 +30,7 @@ def serve(port: int, probes: Probes) -> ThreadingHTTPServer:
     """
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10  # of a connection, in seconds
+        timeout = TIMEOUT_SECONDS
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
@@ -54,9 +55,6 @@ def serve(port: int, probes: Probes) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is http.server's
             log.debug(format, *args)
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-    server = Server(("", port), Handler)
+    server = ProbeServer(("", port), Handler)
     threading.Thread(target=server.serve_forever, name="http", daemon=True).start()
     return server
