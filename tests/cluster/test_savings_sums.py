@@ -4,35 +4,17 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from operator_site import DECODE, PREFILL, TEMPLATE, Site, eventually, placed
+from operator_site import DECODE, PREFILL, eventually, placed
 from wattlock_api.base import timestamp
 from wattlock_api.constants import LEASE_NAME
-from wattlock_operator.kube import connect, lease_path
+from wattlock_operator.kube import lease_path
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 KWH = 3.6e6
-
-
-@pytest.fixture
-def site(kubectl: Any, namespace: str, tmp_path: Path) -> Iterator[Site]:
-    (tmp_path / "template.yaml").write_text(yaml.safe_dump(TEMPLATE))
-    found = Site(kubectl, namespace, tmp_path, connect())
-    found.start()
-    yield found
-    for agent in found.agents:
-        agent.stop()
-    found.stop(signal.SIGKILL)
-    finalizers = json.dumps({"metadata": {"finalizers": None}})
-    kubectl.within(namespace).run("patch", "energypolicy", "qwen", "--type=merge", "-p", finalizers, check=False)
-    for node in found.nodes:
-        kubectl.run("delete", "node,nodeenergy", node, "--ignore-not-found", "--wait=false", check=False)
 
 
 def measured(capped_kwh: float) -> dict[str, Any]:

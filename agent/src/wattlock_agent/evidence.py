@@ -25,8 +25,7 @@ class PromptEvidence:
     recent: tuple[Work, ...] = ()
     """Scrapes of the last minute, of one life of the engine."""
     last_exceeded_seconds: float | None = None
-    share: float = 0.0
-    """Computed prompt tokens among all tokens, when it was last too high."""
+    """When computed prompt tokens were last too large a share of all tokens."""
 
 
 def add_work(evidence: PromptEvidence, work: Work) -> PromptEvidence:
@@ -41,7 +40,7 @@ def add_work(evidence: PromptEvidence, work: Work) -> PromptEvidence:
     total = computed + work.generated_tokens - first.generated_tokens
     if total <= 0 or computed / total <= MAX_COMPUTED_SHARE:
         return evidence
-    return replace(evidence, last_exceeded_seconds=work.at_seconds, share=computed / total)
+    return replace(evidence, last_exceeded_seconds=work.at_seconds)
 
 
 def restarted(evidence: PromptEvidence) -> PromptEvidence:

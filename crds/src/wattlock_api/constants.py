@@ -88,7 +88,6 @@ class Reason(StrEnum):
     POLICY_CONFLICT = "PolicyConflict"
     NO_MATCHING_PODS = "NoMatchingPods"
     NO_GPUS = "NoGPUs"
-    POD_NOT_RUNNING = "PodNotRunning"
     NO_AGENT = "NoAgent"
     AGENT_SILENT = "AgentSilent"
     # decided by the agent

@@ -11,7 +11,7 @@ from wattlock_api.constants import AGENT_COMPONENT, COMPONENT_LABEL, PLACEMENT_L
 from wattlock_api.energypolicy import Placement
 
 from wattlock_operator.release import locked_uuids
-from wattlock_operator.world import NodeView, World
+from wattlock_operator.world import World
 
 Manifest = dict[str, Any]
 
@@ -42,11 +42,6 @@ def placement_hash(placement: Placement) -> str:
         canonical.get("tolerations", []), key=lambda entry: json.dumps(entry, sort_keys=True)
     )
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def fits(placement: Placement, node: NodeView) -> bool:
-    """Return whether the placement's node selector takes the node."""
-    return all(node.labels.get(key) == value for key, value in placement.node_selector.items())
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
