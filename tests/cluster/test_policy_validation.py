@@ -52,6 +52,8 @@ CASES: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "unknown method": (("spec", "verification"), {"method": "Trust"}, 'Unsupported value: "Trust": supported values: "Switchback", "None"'),
     "guardrail off": (("spec", "guardrail"), {"maxThroughputLossPercent": 0}, "spec.guardrail.maxThroughputLossPercent: Invalid value: 0: must be between 0.5 and 50"),
     "negative latency": (("spec", "guardrail"), {"maxInterTokenLatencyMs": -1}, "should be greater than 0"),
+    "no latency": (("spec", "guardrail"), {"maxInterTokenLatencyP99Ms": 0}, "should be greater than 0"),
+    "negative queue": (("spec", "guardrail"), {"maxWaitingRequests": -1}, "should be greater than or equal to 0"),
     "no cooldown": (("spec", "guardrail"), {"cooldownSeconds": 0}, "should be greater than or equal to 10"),
     "metrics port out of range": ((*DECODE, "metrics"), {"port": 70000}, "should be less than or equal to 65535"),
     "metrics path to elsewhere": ((*DECODE, "metrics"), {"path": "@elsewhere/metrics"}, "spec.pools[0].metrics.path in body should match"),

@@ -76,6 +76,16 @@ class EpochResult:
     mean_latency_seconds: float | None
 
 
+@dataclass(frozen=True)
+class PairRatios:
+    """log(cap) - log(control) of a pair of epochs."""
+
+    throughput: float
+    """Of tokens per second."""
+    latency: float | None
+    """Of the mean inter-token latency; ``None`` where the pages do not tell it."""
+
+
 @dataclass
 class _Open:
     samples: list[Sample] = field(default_factory=list)
@@ -209,11 +219,11 @@ class Switchback:
         times = (start + SETTLE_SECONDS, start + length - END_MARGIN_SECONDS, start + length + SETTLE_SECONDS)
         return next(time for time in times if time > after_unix_seconds)
 
-    def note(self, clock: Clock, as_asked: bool) -> list[float]:
+    def note(self, clock: Clock, as_asked: bool) -> list[PairRatios]:
         """Note whether the GPUs are now as the schedule asks, and close the epochs that are over.
 
         Returns:
-            The log throughput ratio of each pair that is complete now.
+            The ratios of each pair that is complete now, for the guardrail.
         """
         if self._experiment is None:
             return []
@@ -282,8 +292,8 @@ class Switchback:
         """Return the power of the last closed epochs; empty where the instance's tokens are counted here."""
         return list(self._epochs)
 
-    def _close(self, unix_seconds: float) -> list[float]:
-        ratios: list[float] = []
+    def _close(self, unix_seconds: float) -> list[PairRatios]:
+        ratios: list[PairRatios] = []
         experiment = self._experiment
         if experiment is None:
             return ratios
@@ -306,7 +316,7 @@ class Switchback:
                 # The guardrail needs no energy, and must not wait for that of other nodes.
                 pair = self._local.add(pair_of(experiment, self._instance, epoch), epoch, result)
                 if pair is not None:
-                    ratios.append(_log_throughput(*pair))
+                    ratios.append(PairRatios(_log_throughput(*pair), _log_latency(*pair)))
         for epoch in sorted(self._waiting):
             whole = self._with_peers(experiment, epoch, self._waiting[epoch], unix_seconds)
             if whole is None:
@@ -348,11 +358,9 @@ class Switchback:
             math.log(cap.joules / cap.generated_tokens) - math.log(control.joules / control.generated_tokens),
         )
         sums.throughput = _plus(sums.throughput, _log_throughput(cap, control))
-        if cap.mean_latency_seconds is not None and control.mean_latency_seconds is not None:
+        if (latency := _log_latency(cap, control)) is not None:
             sums.latency_pairs += 1
-            sums.latency = _plus(
-                sums.latency, math.log(cap.mean_latency_seconds) - math.log(control.mean_latency_seconds)
-            )
+            sums.latency = _plus(sums.latency, latency)
 
     def _bound(self) -> None:
         while len(self._sums) > _MAX_CAPS:
@@ -377,6 +385,12 @@ class Switchback:
 
 def _log_throughput(cap: EpochResult, control: EpochResult) -> float:
     return math.log(cap.generated_tokens / cap.seconds) - math.log(control.generated_tokens / control.seconds)
+
+
+def _log_latency(cap: EpochResult, control: EpochResult) -> float | None:
+    if cap.mean_latency_seconds is None or control.mean_latency_seconds is None:
+        return None
+    return math.log(cap.mean_latency_seconds) - math.log(control.mean_latency_seconds)
 
 
 def _plus(sums: tuple[float, float], value: float) -> tuple[float, float]:

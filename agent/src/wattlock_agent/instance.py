@@ -15,7 +15,7 @@ from wattlock_agent.experiment import SCRAPE_SECONDS, Sample, Switchback
 from wattlock_agent.orders import InstanceKey
 from wattlock_agent.plan import Decision, Refusal
 from wattlock_agent.rates import Scrape, token_energy, work_rates
-from wattlock_agent.serving.base import ScrapeFailure, ServingCounters, difference, is_restart, no_tokens
+from wattlock_agent.serving.base import ScrapeFailure, ServingCounters, is_restart, no_tokens
 from wattlock_agent.span import Span
 from wattlock_agent.track import GpuTrack
 
@@ -89,9 +89,12 @@ class InstanceTrack:
             self._guardrail = guardrail.GuardrailState(trips=self._guardrail.trips)
         if self._restore_trip and order.guardrail is not None:
             # When it tripped is not known any more: the whole cool-down begins anew.
-            until = clock.now_seconds + order.guardrail.cooldown_seconds
+            cooldown_seconds = float(order.guardrail.cooldown_seconds)
             self._guardrail = guardrail.GuardrailState(
-                tripped_until_seconds=until, message=self._restore_trip, trips=self._guardrail.trips
+                tripped_until_seconds=clock.now_seconds + cooldown_seconds,
+                cooldown_seconds=cooldown_seconds,
+                message=self._restore_trip,
+                trips=self._guardrail.trips,
             )
         self._restore_trip = ""
         if not self._enforced or order.experiment is None:
@@ -130,7 +133,7 @@ class InstanceTrack:
         wait_seconds = SCRAPE_SECONDS
         if self._confirm:
             wait_seconds = guardrail.CONFIRM_SECONDS
-        elif self._enforced and guardrail.bounds_latency(self._order.guardrail):
+        elif self._enforced and guardrail.watches_windows(self._order.guardrail):
             wait_seconds = guardrail.WATCH_SECONDS
         due_seconds = self._asked.now_seconds + wait_seconds - clock.now_seconds
         due_unix = self.switchback.next_scrape_unix_seconds(self._asked.unix_seconds)
@@ -190,12 +193,10 @@ class InstanceTrack:
             )
         self._mark(clock)
         self._resolve(clock, tracks)
-        for ratio in self.switchback.note(clock, self._complete and (locked or control)):
+        for pair in self.switchback.note(clock, self._complete and (locked or control)):
             if self._order.guardrail is not None:
                 before = self._guardrail.trips
-                self._guardrail = guardrail.throughput_pair(
-                    self._guardrail, self._order.guardrail, clock.now_seconds, ratio
-                )
+                self._guardrail = guardrail.judge_pair(self._guardrail, self._order.guardrail, clock.now_seconds, pair)
                 self._log_trip(before)
 
     def hold(self, now_seconds: float) -> Refusal | None:
@@ -269,20 +270,18 @@ class InstanceTrack:
         compared = self._compared_since_seconds is not None and self._compared_since_seconds <= began
         if not (locked or compared):
             return  # not so through the whole window: what was slow is not known to be our doing
-        work_done = difference(before.counters, result)
-        total, count = work_done.inter_token_latency_sum_seconds, work_done.inter_token_latency_count
-        mean_seconds = total / count if total is not None and count else None
+        seen = guardrail.window(before.counters, result)
         if compared:
             # What would release a capped instance and so drop its epoch must drop a released one too.
             trips = self._would_trip.trips
-            self._would_trip = guardrail.latency_window(self._would_trip, bounds, clock.now_seconds, mean_seconds)
+            self._would_trip = guardrail.judge_window(self._would_trip, bounds, clock.now_seconds, seen)
             self._confirm = self._would_trip.suspicious
             if self._would_trip.trips != trips:
                 self._would_trip = guardrail.GuardrailState()
                 self.switchback.spoil(result.at_seconds + clock.offset_seconds)
             return
         trips = self._guardrail.trips
-        self._guardrail = guardrail.latency_window(self._guardrail, bounds, clock.now_seconds, mean_seconds)
+        self._guardrail = guardrail.judge_window(self._guardrail, bounds, clock.now_seconds, seen)
         self._confirm = self._guardrail.suspicious
         self._log_trip(trips)
 

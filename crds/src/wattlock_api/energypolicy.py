@@ -126,15 +126,36 @@ class Verification(ApiModel):
     """Length of an epoch in seconds."""
 
 
+#: A cool-down never gets longer than this.
+MAX_COOLDOWN_SECONDS = 86_400
+
+
 class Guardrail(ApiModel):
-    """When serving got worse: the node's agent releases the clock by itself, without the operator."""
+    """When serving got worse: the node's agent releases the clock by itself, without the operator.
+
+    The bounds on latency, queue and preemptions are judged in each reading of the metrics, and two readings in a row
+    must breach one. The two bounds in percent compare capped with released epochs, at 95 % confidence.
+    """
 
     max_throughput_loss_percent: Annotated[float, Field(ge=0.5, le=50)] = 2.0
     """Release when tokens per second under the cap stay this far below the released epochs, in percent."""
     max_inter_token_latency_ms: Annotated[float, Field(gt=0, le=60000)] | None = None
     """Release when the mean inter-token latency of an instance exceeds this, in milliseconds. Absent: no bound."""
-    cooldown_seconds: Annotated[int, Field(ge=10, le=86400)] = 600
-    """How long the GPUs stay released after a breach, in seconds."""
+    max_inter_token_latency_p99_ms: Annotated[float, Field(gt=0, le=60000)] | None = None
+    """Release when the 99th percentile of an instance's inter-token latency exceeds this, in milliseconds. As fine as
+    the engine's histogram: the bound counts as the next bucket boundary at or above it (vLLM: 10, 25, 50, 75, 100,
+    150 ms ...). Needs 100 tokens in a reading. Absent: no bound."""
+    max_inter_token_latency_increase_percent: Annotated[float, Field(ge=0.5, le=500)] | None = None
+    """Release when the mean inter-token latency under the cap stays this far above the released epochs, in percent.
+    Absent: no bound."""
+    max_waiting_requests: Annotated[int, Field(ge=0, le=1000000)] | None = None
+    """Release when more requests than this wait for a place in an instance's batch. Absent: no bound."""
+    max_preemptions_per_minute: Annotated[float, Field(ge=0, le=1000000)] | None = None
+    """Release when an instance preempts more requests a minute than this: it has run out of KV cache. Absent: no
+    bound."""
+    cooldown_seconds: Annotated[int, Field(ge=10, le=MAX_COOLDOWN_SECONDS)] = 600
+    """How long the GPUs stay released after a breach, in seconds. Doubled, up to a day, each time that the bounds are
+    breached again within the last cool-down's length after its end."""
 
 
 class Placement(ApiModel):

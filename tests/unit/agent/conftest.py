@@ -1,5 +1,6 @@
 """Builders and fakes for the agent's core."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,9 +202,15 @@ class Node:
     unknown: dict[PodName, tuple[str, ...]] = field(default_factory=dict)
     tokens_per_second: float = 1000.0
     latency_seconds: float = 0.010
+    late_share: float = 0.0
+    """Share of the tokens that come more than 50 ms after the one before."""
+    waiting_requests: float = 0.0
+    preemptions_per_second: float = 0.0
     prompt_share: float = 0.0
     scrapes: list[float] = field(default_factory=list)
     _tokens: float = 0.0
+    _late: float = 0.0
+    _preemptions: float = 0.0
     _sent: Orders | None = None
 
     def __post_init__(self) -> None:
@@ -231,6 +238,8 @@ class Node:
         while self.now_seconds < end - 1e-9:
             self.now_seconds += step_seconds
             self._tokens += self.tokens_per_second * step_seconds
+            self._late += self.late_share * self.tokens_per_second * step_seconds
+            self._preemptions += self.preemptions_per_second * step_seconds
             self.step()
         return self
 
@@ -273,9 +282,14 @@ class Node:
             inter_token_latency_sum_seconds=self._latency_sum(),
             inter_token_latency_count=self._tokens,
             running_requests=8.0,
-            waiting_requests=0.0,
-            preemptions=0.0,
+            waiting_requests=self.waiting_requests,
+            preemptions=self._preemptions,
             born_seconds=1.0,
+            inter_token_latency_buckets=(
+                (0.025, self._tokens - self._late),
+                (0.05, self._tokens - self._late),
+                (math.inf, self._tokens),
+            ),
         )
 
     _last: tuple[float, float] = (0.0, 0.0)

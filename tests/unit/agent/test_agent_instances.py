@@ -44,6 +44,29 @@ def test_latency_over_the_bound_releases_within_ten_seconds(make_node, make_orde
     assert node.locked() == {"GPU-0"}
 
 
+@pytest.mark.parametrize(
+    ("bounds", "trouble", "words"),
+    [
+        ({"maxInterTokenLatencyP99Ms": 30}, {"late_share": 0.02}, "2.0 % of the tokens came more than 50 ms after"),
+        ({"maxWaitingRequests": 10}, {"waiting_requests": 11.0}, "11 requests waited"),
+        ({"maxPreemptionsPerMinute": 30}, {"preemptions_per_second": 1.0}, "60 preemptions a minute"),
+    ],
+)
+def test_every_bound_on_a_window_releases_within_ten_seconds(make_node, make_order, bounds, trouble, words):
+    node = make_node(gpus=1)
+    node.order(make_order(guardrail=bounds | {"cooldownSeconds": 60}))
+    node.run(40)
+    assert node.locked() == {"GPU-0"}, "what is within its bound releases nothing"
+    for name, value in trouble.items():
+        setattr(node, name, value)
+    began = node.now_seconds
+    while node.locked() and node.now_seconds < began + 30:
+        node.run(1)
+    assert node.now_seconds - began < 10
+    (instance,) = node.agent.instances.values()
+    assert words in instance.status(node.now_seconds, None).guardrail_message
+
+
 @pytest.mark.parametrize("arm", list(Arm))
 def test_both_arms_lose_the_epochs_in_which_serving_was_bad(make_node, make_order, switchback, schedule, arm):
     """Else the released epochs of bad times would be kept and the capped ones dropped: that is no fair comparison."""

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from wattlock_agent.evidence import PromptEvidence, Work, add_work, computes_prompts, restarted
-from wattlock_agent.guardrail import GuardrailState, is_tripped, latency_window, throughput_pair
+from wattlock_agent.experiment import PairRatios
+from wattlock_agent.guardrail import GuardrailState, Window, breach, is_tripped, judge_pair, judge_window
 from wattlock_agent.staleness import Freshness, api_answered, lease_read, why_stale
 from wattlock_agent.verify import Finding, LockReading, LockWatch, backoff_seconds, check_lock
 from wattlock_api.constants import STALE_ORDERS_SECONDS
@@ -19,7 +20,8 @@ BOUNDS = Guardrail(max_throughput_loss_percent=2, max_inter_token_latency_ms=50,
 def latencies(*milliseconds, bounds=BOUNDS):
     state = GuardrailState()
     for number, value in enumerate(milliseconds):
-        state = latency_window(state, bounds, float(number), None if value is None else value / 1000)
+        seen = Window(2.0, None if value is None else value / 1000)
+        state = judge_window(state, bounds, float(number), seen)
     return state
 
 
@@ -53,7 +55,7 @@ def test_a_trip_holds_for_the_cool_down_and_tells_the_numbers():
 def pairs(*ratios):
     state = GuardrailState()
     for number, ratio in enumerate(ratios):
-        state = throughput_pair(state, BOUNDS, float(number), ratio)
+        state = judge_pair(state, BOUNDS, float(number), PairRatios(ratio, None))
     return state
 
 
@@ -74,6 +76,108 @@ def test_a_loss_within_the_bound_or_hidden_by_noise_does_not_trip():
 def test_only_the_last_ten_pairs_count():
     state = pairs(*[0.0, 0.001] * 50)
     assert len(state.throughput_ratios) == 10
+
+
+def histogram(**tokens_by_ms):
+    """Cumulative buckets of vLLM from tokens by upper bound in milliseconds; ``over``: above them all."""
+    seen, buckets = 0, []
+    for bound_ms in (10, 25, 50, 75, 100):
+        seen += tokens_by_ms.get(f"ms{bound_ms}", 0)
+        buckets.append((bound_ms / 1000, float(seen)))
+    return (*buckets, (math.inf, float(seen + tokens_by_ms.get("over", 0))))
+
+
+P99 = Guardrail(max_inter_token_latency_p99_ms=60)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "late"),
+    [
+        ({"ms25": 990, "over": 10}, False),  # 1.0 %: the 99th percentile is not above
+        ({"ms25": 989, "over": 11}, True),
+        ({"ms25": 900, "ms75": 100}, False),  # 50 to 75 ms: perhaps below 60, so nothing is said
+        ({"ms25": 900, "ms100": 100}, True),
+        ({"ms25": 49, "over": 50}, False),  # too few tokens
+        ({}, False),
+    ],
+)
+def test_the_percentile_is_judged_without_interpolation(tokens, late):
+    text = breach(Window(2.0, latency_buckets=histogram(**tokens)), P99)
+    assert bool(text) is late
+    if late:
+        assert "75 ms" in text
+        assert "60 ms" in text
+
+
+def test_a_bound_above_every_bucket_and_an_unknown_histogram_say_nothing():
+    late = histogram(over=1000)
+    assert breach(Window(2.0, latency_buckets=late), Guardrail(max_inter_token_latency_p99_ms=101)) == ""
+    assert breach(Window(2.0, latency_buckets=late[:-1]), P99) == ""
+    assert breach(Window(2.0), P99) == ""
+
+
+@pytest.mark.parametrize(
+    ("bounds", "seen", "text"),
+    [
+        ({"max_waiting_requests": 5}, {"waiting_requests": 6.0}, "6 requests waited"),
+        ({"max_waiting_requests": 5}, {"waiting_requests": 5.0}, ""),
+        ({"max_waiting_requests": 0}, {"waiting_requests": None}, ""),
+        ({"max_preemptions_per_minute": 60}, {"preemptions": 3.0}, "90 preemptions a minute"),
+        ({"max_preemptions_per_minute": 60}, {"preemptions": 2.0}, ""),
+        ({"max_preemptions_per_minute": 0}, {"preemptions": None}, ""),
+        ({}, {"preemptions": 1e6, "waiting_requests": 1e6, "mean_latency_seconds": 9.0}, ""),
+    ],
+)
+def test_queue_and_preemptions_have_bounds_of_their_own(bounds, seen, text):
+    found = breach(Window(2.0, **seen), Guardrail(**bounds))
+    assert found.startswith(text)
+    assert bool(found) is bool(text)
+
+
+def test_two_different_breaches_in_a_row_trip_as_well():
+    bounds = Guardrail(max_waiting_requests=5, max_inter_token_latency_ms=50)
+    state = judge_window(GuardrailState(), bounds, 0.0, Window(3.0, mean_latency_seconds=0.06))
+    state = judge_window(state, bounds, 2.0, Window(2.0, waiting_requests=9.0))
+    assert state.trips == 1
+
+
+def test_latency_far_above_control_trips_and_a_little_does_not():
+    bounds = Guardrail(max_inter_token_latency_increase_percent=10)
+    for percent, trips in ((15, 1), (8, 0)):
+        state = GuardrailState()
+        for number in range(4):
+            pair = PairRatios(0.0, math.log(1 + percent / 100) + 0.001 * (number % 2))
+            state = judge_pair(state, bounds, float(number), pair)
+        assert state.trips == trips
+        assert ("more inter-token latency" in state.message) is bool(trips)
+
+
+def test_a_relapse_doubles_the_cool_down_and_a_long_quiet_time_does_not():
+    late = Window(2.0, mean_latency_seconds=0.06)
+
+    def again(state, at):
+        return judge_window(judge_window(state, BOUNDS, at, late), BOUNDS, at, late)
+
+    first = again(GuardrailState(), 0.0)
+    assert first.tripped_until_seconds == 100
+    relapse = again(first, 150.0)
+    assert relapse.tripped_until_seconds == 150 + 200
+    assert "200 s" in relapse.message
+    assert "again" in relapse.message
+    third = again(relapse, 500.0)
+    assert third.tripped_until_seconds == 500 + 400
+    calm = again(third, 900.0 + 401.0)
+    assert calm.tripped_until_seconds == 1301 + 100
+
+
+def test_no_cool_down_is_longer_than_a_day():
+    state, at = GuardrailState(), 0.0
+    late = Window(2.0, mean_latency_seconds=0.06)
+    for _ in range(20):
+        state = judge_window(judge_window(state, BOUNDS, at, late), BOUNDS, at, late)
+        assert state.tripped_until_seconds - at <= 86_400
+        at = state.tripped_until_seconds
+    assert state.trips == 20
 
 
 @given(st.lists(st.floats(-0.019, 0.5), min_size=1, max_size=40))

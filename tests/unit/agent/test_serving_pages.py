@@ -1,5 +1,6 @@
 """The parser of serving pages: recorded pages of real engines, hostile pages, and pages of any bytes at all."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,10 @@ def test_work_between_two_recorded_pages() -> None:
     assert work.inter_token_latency_sum_seconds is not None
     assert work.inter_token_latency_count is not None
     assert work.inter_token_latency_sum_seconds / work.inter_token_latency_count == pytest.approx(0.001874, abs=1e-6)
+    assert work.inter_token_latency_buckets[-1] == (math.inf, work.inter_token_latency_count)
+    assert work.inter_token_latency_buckets[0] == (0.01, 10_463)
+    assert len(work.inter_token_latency_buckets) == 20
+    assert work.preemptions == 0
     assert work.computed_prompt_tokens == 0
     assert before.born_seconds == after.born_seconds == 1795377235.5608912
 

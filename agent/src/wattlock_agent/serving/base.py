@@ -31,6 +31,8 @@ class ServingCounters:
     """Bytes read and written in the GPU's memory so far, estimated in the same way."""
     process_started_seconds: float | None = None
     """Start of the process that serves the page, in seconds since 1970."""
+    inter_token_latency_buckets: tuple[tuple[float, float], ...] = ()
+    """Tokens that came within so many seconds of the one before, cumulative, by rising bound; the last is infinite."""
     generated_by_series: tuple[tuple[str, float], ...] = ()
     """The parts of generated_tokens by series, sorted: one restarted engine of several may hide in the sum."""
 
@@ -62,6 +64,9 @@ class ServingDelta:
     inter_token_latency_count: float | None
     estimated_flops_per_gpu: float | None = None
     estimated_bytes_per_gpu: float | None = None
+    preemptions: float | None = None
+    inter_token_latency_buckets: tuple[tuple[float, float], ...] = ()
+    """Empty: unknown."""
 
 
 def is_restart(before: ServingCounters, after: ServingCounters) -> bool:
@@ -115,4 +120,16 @@ def difference(before: ServingCounters, after: ServingCounters) -> ServingDelta:
         inter_token_latency_count=delta(before.inter_token_latency_count, after.inter_token_latency_count),
         estimated_flops_per_gpu=delta(before.estimated_flops_per_gpu, after.estimated_flops_per_gpu),
         estimated_bytes_per_gpu=delta(before.estimated_bytes_per_gpu, after.estimated_bytes_per_gpu),
+        preemptions=delta(before.preemptions, after.preemptions),
+        inter_token_latency_buckets=_bucket_difference(
+            before.inter_token_latency_buckets, after.inter_token_latency_buckets
+        ),
     )
+
+
+def _bucket_difference(
+    before: tuple[tuple[float, float], ...], after: tuple[tuple[float, float], ...]
+) -> tuple[tuple[float, float], ...]:
+    if [bound for bound, _ in before] != [bound for bound, _ in after]:
+        return ()
+    return tuple((bound, new - old) for (bound, old), (_, new) in zip(before, after, strict=True))

@@ -34,6 +34,9 @@ _SAMPLE = re.compile(
 )
 _LABEL = re.compile(rb'[ \t]*+([a-zA-Z_][a-zA-Z0-9_]*+)[ \t]*+=[ \t]*+"((?:[^"\\]|\\.)*+)"[ \t]*+(?:,|\Z)')
 
+#: The label ``le`` of a bucket: a number that is not negative, or infinity.
+_BOUND = re.compile(rb"\+?(?:[0-9]++(?:\.[0-9]*+)?(?:[eE][+-]?[0-9]{1,3})?|[Ii]nf)")
+
 #: Labels that tell ranks of one replica apart: every rank counts the same tokens and requests.
 _RANK_LABELS = frozenset({b"tp_rank", b"pp_rank", b"moe_ep_rank"})
 
@@ -106,10 +109,23 @@ _GAUGES: Mapping[str, tuple[_Source, ...]] = {
 }
 #: Shares, of which a sum over engines would mean nothing. The second name is vLLM's until 0.10.
 _KV_USAGE = _sources("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage")
+#: Histogram of the same families as inter_token_latency_count.
+_LATENCY_BUCKETS = tuple(
+    _Source(source.name.removesuffix(b"_count") + b"_bucket") for source in _COUNTERS["inter_token_latency_count"]
+)
+_MAX_BUCKETS = 64
 _BIRTHS = _sources("vllm:generation_tokens_created", "sglang:generation_tokens_created")
 _WANTED = frozenset(
     source.name
-    for sources in (*_COUNTERS.values(), *_BYTES, *_GAUGES.values(), _KV_USAGE, _BIRTHS, (_Source(_PROCESS_START),))
+    for sources in (
+        *_COUNTERS.values(),
+        *_BYTES,
+        *_GAUGES.values(),
+        _KV_USAGE,
+        _LATENCY_BUCKETS,
+        _BIRTHS,
+        (_Source(_PROCESS_START),),
+    )
     for source in sources
 )
 
@@ -164,6 +180,7 @@ def parse_page(page: bytes, at_seconds: float) -> ServingCounters | ScrapeFailur
         at_seconds=at_seconds,
         born_seconds=born,
         process_started_seconds=started,
+        inter_token_latency_buckets=_buckets(families, _LATENCY_BUCKETS),
         generated_by_series=parts,
         **values,
     )
@@ -292,6 +309,25 @@ def _parts(families: Mapping[bytes, _Family], sources: tuple[_Source, ...]) -> t
             for replica, value in _replicas(family, source).items()
         }
         return tuple(sorted(found.items())) if len(found) <= _MAX_PARTS else ()
+    return ()
+
+
+def _buckets(families: Mapping[bytes, _Family], sources: tuple[_Source, ...]) -> tuple[tuple[float, float], ...]:
+    """Return bound and cumulative count of each bucket, or none where they make no sense: the page stays usable."""
+    for source in sources:
+        family = families.get(source.name)
+        if family is None:
+            continue
+        by_bound: dict[bytes, _Family] = {}
+        for labels, value in family.samples.items():
+            bound = dict(labels).get(b"le", b"")
+            rest = tuple(pair for pair in labels if pair[0] != b"le")
+            by_bound.setdefault(bound, _Family()).samples[rest] = value
+        if len(by_bound) > _MAX_BUCKETS or not all(map(_BOUND.fullmatch, by_bound)):
+            return ()
+        found = sorted((float(bound), _total(each, source)) for bound, each in by_bound.items())
+        sound = all(math.isfinite(count) and count >= 0 for _, count in found)
+        return tuple(found) if sound and math.isinf(found[-1][0]) else ()
     return ()
 
 
