@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from wattlock_api.base import Condition
-from wattlock_api.energypolicy import (
+from wattlock_api.nodeenergy import AgentStatus, NodeEnergyStatus
+from wattlock_api.policystatus import (
     CountedEnergy,
     EnergyPolicyStatus,
     Limiters,
@@ -16,7 +17,6 @@ from wattlock_api.energypolicy import (
     Savings,
     Summary,
 )
-from wattlock_api.nodeenergy import AgentStatus, NodeEnergyStatus
 
 pytestmark = [pytest.mark.cluster]
 

@@ -30,8 +30,8 @@ from wattlock_agent.serving.base import ScrapeFailure
 from wattlock_agent.serving.pages import parse_page
 from wattlock_api.base import timestamp
 from wattlock_api.constants import PEER_POWER_ANNOTATION, Reason
-from wattlock_api.energypolicy import Limiters
 from wattlock_api.nodeenergy import ArmTotals, DroppedEpochs, Moments, PairStats
+from wattlock_api.policystatus import Limiters
 from wattlock_operator.decide import Decision, Memory, decide
 from wattlock_operator.world import parse_node, parse_node_energy, parse_pod, parse_policy
 

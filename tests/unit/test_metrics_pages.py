@@ -15,8 +15,8 @@ from promtool import check_metrics
 from wattlock_agent import metric_specs as agent_specs
 from wattlock_agent.http_server import AgentServer
 from wattlock_agent.metrics import Snapshot, SnapshotBoard, Totals, make_registry
-from wattlock_api.energypolicy import Limiters
 from wattlock_api.nodeenergy import AgentStatus, ArmTotals, DroppedEpochs, Moments, NodeEnergyStatus, PairStats
+from wattlock_api.policystatus import Limiters
 from wattlock_operator import metric_specs as operator_specs
 from wattlock_operator.decide import Memory, decide
 from wattlock_operator.metrics import Metrics

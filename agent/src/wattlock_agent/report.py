@@ -6,8 +6,8 @@ from itertools import groupby
 
 from wattlock_api.base import ObjectRef, decimal_string, timestamp
 from wattlock_api.constants import GpuState, Mode, Reason
-from wattlock_api.energypolicy import Limiters
 from wattlock_api.nodeenergy import AgentStatus, GpuStatus, InstanceStatus, NodeEnergyStatus, ProductClocks
+from wattlock_api.policystatus import Limiters
 from wattlock_api.schedule import Arm, arm_of, epoch_at, epoch_start_seconds
 
 from wattlock_agent.agent import Outlook

@@ -6,8 +6,9 @@ from typing import Any
 from wattlock_api.base import ApiModel, cel
 from wattlock_api.clockprofile import ClockProfileSpec
 from wattlock_api.constants import GROUP, VERSION
-from wattlock_api.energypolicy import EnergyPolicySpec, EnergyPolicyStatus
+from wattlock_api.energypolicy import EnergyPolicySpec
 from wattlock_api.nodeenergy import NodeEnergySpec, NodeEnergyStatus
+from wattlock_api.policystatus import EnergyPolicyStatus
 
 Json = dict[str, Any]
 

@@ -18,9 +18,10 @@ from wattlock_api.base import (
     Uid,
 )
 from wattlock_api.constants import GpuState, Mode, Role
-from wattlock_api.energypolicy import Guardrail, Limiters
+from wattlock_api.energypolicy import Guardrail
 from wattlock_api.pairs import Moments as Moments
 from wattlock_api.pairs import PairStats as PairStats
+from wattlock_api.policystatus import Limiters
 from wattlock_api.schedule import Experiment
 
 #: The scheme and a literal address: an agent never resolves a name.

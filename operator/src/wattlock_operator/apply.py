@@ -17,8 +17,8 @@ from wattlock_api.constants import (
     PLACEMENT_LABEL,
     PUBLISHED_PROFILE,
 )
-from wattlock_api.energypolicy import EnergyPolicyStatus
 from wattlock_api.nodeenergy import Order
+from wattlock_api.policystatus import EnergyPolicyStatus
 
 from wattlock_operator import kube as api
 from wattlock_operator.decide import Decision

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from wattlock_api.base import Condition, timestamp
 from wattlock_api.constants import ConditionType, Mode, PowerCapVerdict, Reason, Role, SavingsVerdict
-from wattlock_api.energypolicy import PoolStatus, Savings
+from wattlock_api.policystatus import PoolStatus, Savings
 
 from wattlock_operator.release import Release, release_sentence
 from wattlock_operator.reports import PoolReport

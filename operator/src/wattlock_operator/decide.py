@@ -4,8 +4,8 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from wattlock_api.energypolicy import EnergyPolicyStatus
 from wattlock_api.nodeenergy import Order
+from wattlock_api.policystatus import EnergyPolicyStatus
 
 from wattlock_operator.accounting import Account
 from wattlock_operator.events import Telling, Told, tell

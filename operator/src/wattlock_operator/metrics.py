@@ -11,8 +11,8 @@ from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.core import Metric
 from wattlock_api.base import DecimalString
 from wattlock_api.constants import ConditionType, PowerCapVerdict, RooflineVerdict, SavingsVerdict
-from wattlock_api.energypolicy import EnergyPolicyStatus, PoolStatus, Savings
 from wattlock_api.metricspec import MetricSpec
+from wattlock_api.policystatus import EnergyPolicyStatus, PoolStatus, Savings
 
 from wattlock_operator import metric_specs as specs
 from wattlock_operator.world import PolicyView

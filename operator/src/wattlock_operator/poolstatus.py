@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from wattlock_api.base import DecimalString, decimal_string
 from wattlock_api.constants import GpuState, PowerCapVerdict, Reason, Role
-from wattlock_api.energypolicy import CountedEnergy, Limiters, Pool, PoolReason, PoolStatus, PowerCap, Savings
+from wattlock_api.energypolicy import Pool
 from wattlock_api.nodeenergy import InstanceStatus, Order
+from wattlock_api.policystatus import CountedEnergy, Limiters, PoolReason, PoolStatus, PowerCap, Savings
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Account, counted_capped_joules, counted_joules
 from wattlock_operator.orders import Orders

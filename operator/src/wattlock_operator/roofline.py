@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from wattlock_api.base import decimal_string
 from wattlock_api.constants import RooflineVerdict
-from wattlock_api.energypolicy import Roofline
+from wattlock_api.policystatus import Roofline
 
 from wattlock_operator.reports import NodeGpu, NodeInstance, number
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from wattlock_api.base import decimal_string
 from wattlock_api.constants import Mode, Reason, SavingsVerdict
-from wattlock_api.energypolicy import Cost, Savings, Verification
+from wattlock_api.energypolicy import Cost, Verification
 from wattlock_api.pairs import PairStats
+from wattlock_api.policystatus import Savings
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Saved, Worth
 from wattlock_operator.ledger import Tallies, Tally, published, tally_of

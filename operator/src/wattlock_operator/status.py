@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from wattlock_api.base import parse_timestamp
 from wattlock_api.constants import Mode, Reason, Role, SavingsVerdict
-from wattlock_api.energypolicy import EnergyPolicyStatus, PoolStatus, Summary
 from wattlock_api.pairs import PairStats
+from wattlock_api.policystatus import EnergyPolicyStatus, PoolStatus, Summary
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Account, Saved, Sums, open_or_advance
 from wattlock_operator.conditions import Facts, dated, find_conditions

@@ -19,8 +19,9 @@ from wattlock_api.constants import (
     PEER_POWER_ANNOTATION,
     PLACEMENT_LABEL,
 )
-from wattlock_api.energypolicy import EnergyPolicySpec, EnergyPolicyStatus
+from wattlock_api.energypolicy import EnergyPolicySpec
 from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
+from wattlock_api.policystatus import EnergyPolicyStatus
 
 Json = Mapping[str, Any]
 _Model = TypeVar("_Model", Order, GpuStatus, InstanceStatus)

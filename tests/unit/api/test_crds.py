@@ -8,8 +8,9 @@ import yaml
 from wattlock_api import generate
 from wattlock_api.base import api_name, decimal_string, parse_timestamp, timestamp
 from wattlock_api.crd import RESOURCES, custom_resource_definition, structural
-from wattlock_api.energypolicy import EnergyPolicySpec, EnergyPolicyStatus
+from wattlock_api.energypolicy import EnergyPolicySpec
 from wattlock_api.nodeenergy import NodeEnergyStatus
+from wattlock_api.policystatus import EnergyPolicyStatus
 
 CRDS = Path(__file__).parents[3] / "crds"
 

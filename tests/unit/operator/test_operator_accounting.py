@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
 from wattlock_api.constants import Mode
-from wattlock_api.energypolicy import Cost, EnergyPolicyStatus, Verification
+from wattlock_api.energypolicy import Cost, Verification
 from wattlock_api.nodeenergy import ArmTotals, Moments, PairStats
+from wattlock_api.policystatus import EnergyPolicyStatus
 from wattlock_operator.accounting import Account, Saved, Sums, Worth, advance, open_or_advance, opening
 from wattlock_operator.decide import Memory, decide
 from wattlock_operator.pooling import Effect

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_worlds import DECODE, GPU_NODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
 from wattlock_api.constants import Mode, Role
-from wattlock_api.energypolicy import EnergyPolicyStatus, PoolReason, PoolStatus, Summary
 from wattlock_api.nodeenergy import NodeEnergySpec
+from wattlock_api.policystatus import EnergyPolicyStatus, PoolReason, PoolStatus, Summary
 from wattlock_operator.decide import Decision, Memory, decide
 from wattlock_operator.placement import plan_daemon_sets
 from wattlock_operator.status import urgent_change

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
 from wattlock_api.base import Condition, timestamp
-from wattlock_api.energypolicy import EnergyPolicyStatus, Limiters, PoolStatus, Savings
 from wattlock_api.nodeenergy import Moments, PairStats
+from wattlock_api.policystatus import EnergyPolicyStatus, Limiters, PoolStatus, Savings
 from wattlock_operator.conditions import Facts, find_conditions
 from wattlock_operator.decide import Memory, decide
 from wattlock_operator.events import BURST, REFILL_SECONDS, REPEAT_SECONDS, Told, tell
