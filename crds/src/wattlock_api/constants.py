@@ -86,6 +86,8 @@ class Reason(StrEnum):
     PROFILE_NOT_FOUND = "ProfileNotFound"
     PRODUCT_UNKNOWN = "ProductUnknown"
     POLICY_CONFLICT = "PolicyConflict"
+    ROLLOUT_PENDING = "RolloutPending"
+    ROLLED_BACK = "RolledBack"
     NO_MATCHING_PODS = "NoMatchingPods"
     NO_GPUS = "NoGPUs"
     NO_AGENT = "NoAgent"
@@ -151,6 +153,15 @@ class SavingsVerdict(StrEnum):
     VERIFIED = "Verified"
     INCONCLUSIVE = "Inconclusive"
     UNKNOWN = "Unknown"
+
+
+class RolloutPhase(StrEnum):
+    """Where the rollout of a clock stands."""
+
+    PROGRESSING = "Progressing"
+    PAUSED = "Paused"
+    ROLLED_BACK = "RolledBack"
+    COMPLETE = "Complete"
 
 
 class RooflineVerdict(StrEnum):

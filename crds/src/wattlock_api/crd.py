@@ -134,6 +134,8 @@ def structural(schema: Json, definitions: Json) -> Json:
     if "$ref" in schema:
         target = definitions[schema["$ref"].rsplit("/", 1)[1]]
         schema = target | {key: value for key, value in schema.items() if key != "$ref"}
+    if schema.get("x-kubernetes-int-or-string"):
+        return {key: value for key, value in schema.items() if key not in ("anyOf", "title")}
     if "anyOf" in schema:
         choices = [choice for choice in schema["anyOf"] if choice.get("type") != "null"]
         if len(choices) != 1:

@@ -152,6 +152,56 @@ class Guardrail(ApiModel):
     breached again within the last cool-down's length after its end."""
 
 
+_SHARE = r"^([1-9][0-9]?|100)%$"
+#: A number of instances, or a share of them.
+_STEP = {
+    "x-kubernetes-int-or-string": True,
+    "x-kubernetes-validations": [
+        cel(
+            f"type(self) == int ? self >= 1 : self.matches('{_SHARE}')",
+            'write a number of instances (1, 2 ...) or a share of them ("25%")',
+        )
+    ],
+}
+
+
+_Step = Annotated[Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=_SHARE)], Field(json_schema_extra=_STEP)]
+
+
+class Rollout(ApiModel):
+    """How a change of clock reaches the instances of a Decode pool: in steps, each held until it has proved harmless.
+
+    Absent: a change of clock reaches all instances at once. The first cap of a pool is a change, too, and so is a
+    changed row of a ClockProfile. When the guardrail trips on an instance under the new clock, every instance gets the
+    clock of before, until the policy is changed again.
+    """
+
+    steps: Annotated[
+        list[_Step],
+        Field(
+            min_length=1,
+            max_length=5,
+            json_schema_extra={
+                "x-kubernetes-validations": [
+                    cel(
+                        "type(self[size(self) - 1]) == string && self[size(self) - 1] == '100%'",
+                        'the last step must reach every instance: write "100%" at the end, e.g. [1, 25%, 100%]',
+                    )
+                ]
+            },
+        ),
+    ] = [1, "25%", "100%"]
+    """Instances under the new clock in each step: a number, or a share, rounded up. All GPUs of an instance change
+    together."""
+    hold_seconds: Annotated[int, Field(ge=10, le=86400)] = 600
+    """How long a step must hold, with all its instances under the new clock and no breach, before the next one, in
+    seconds. The last step, too: until it has held, a breach still takes everything back."""
+    max_unavailable: Annotated[int, Field(ge=0, le=10000)] = 0
+    """Instances of the pool that may be not ready while a step holds: with more of them its time begins anew."""
+    paused: bool = False
+    """Stay at the present step. What has the new clock keeps it."""
+
+
 class Placement(ApiModel):
     """Where Wattlock's node agents run. Policies with the same placement share their agents."""
 
@@ -217,5 +267,6 @@ class EnergyPolicySpec(ApiModel):
     policy are one group."""
     verification: Verification = Verification()
     guardrail: Guardrail = Guardrail()
+    rollout: Rollout | None = None
     placement: Placement = Placement()
     cost: Cost = Cost()

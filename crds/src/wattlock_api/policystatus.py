@@ -13,7 +13,7 @@ from wattlock_api.base import (
     Sentence,
     Timestamp,
 )
-from wattlock_api.constants import PowerCapVerdict, Role, RooflineVerdict, SavingsVerdict
+from wattlock_api.constants import PowerCapVerdict, Role, RolloutPhase, RooflineVerdict, SavingsVerdict
 from wattlock_api.pairs import PairStats
 
 
@@ -144,6 +144,44 @@ class PoolReason(ApiModel):
     """A sentence for people."""
 
 
+#: Entries of a list of caps by product.
+MAX_PRODUCT_CAPS = 16
+
+
+class ProductCap(ApiModel):
+    """A cap of the GPUs of a product."""
+
+    product: Annotated[str, Field(max_length=128)]
+    """GPU product as NVML names it; empty: any."""
+    cap_mhz: int
+    """The cap, in MHz."""
+
+
+class RolloutStatus(ApiModel):
+    """How far the clock that the pool asks for has come. The operator goes on from here after a restart."""
+
+    phase: RolloutPhase
+    """Progressing, Paused, RolledBack (the guardrail tripped on the way), or Complete."""
+    target: Annotated[list[ProductCap], Field(max_length=MAX_PRODUCT_CAPS)] = []
+    """The clock that is being rolled out."""
+    previous: Annotated[list[ProductCap], Field(max_length=MAX_PRODUCT_CAPS)] = []
+    """The clock of the instances whose turn has not come; empty: they are released."""
+    step: int = 0
+    """Present step, from 1."""
+    steps: int = 0
+    """Number of steps."""
+    updated: int = 0
+    """Instances that are to have the target."""
+    instances: int = 0
+    """Instances of the pool that nothing else holds released."""
+    since: Timestamp | None = None
+    """Since when the step holds, or was rolled back. Absent: it is waiting, see message."""
+    generation: int = 0
+    """Of the policy's spec for which it was rolled back."""
+    message: Sentence = ""
+    """What it is doing, or why it went back."""
+
+
 class PoolStatus(ApiModel):
     """What was measured on the GPUs of a pool. Absent numbers are unknown, never zero."""
 
@@ -198,6 +236,7 @@ class PoolStatus(ApiModel):
     power_cap: PowerCap = PowerCap()
     roofline: Roofline | None = None
     savings: Savings | None = None
+    rollout: RolloutStatus | None = None
     reasons: Annotated[
         list[PoolReason],
         Field(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wattlock_api.base import Condition, timestamp
-from wattlock_api.constants import ConditionType, Mode, PowerCapVerdict, Reason, Role, SavingsVerdict
-from wattlock_api.policystatus import PoolStatus, Savings
+from wattlock_api.constants import ConditionType, Mode, PowerCapVerdict, Reason, Role, RolloutPhase, SavingsVerdict
+from wattlock_api.policystatus import PoolStatus, RolloutStatus, Savings
 
 from wattlock_operator.release import Release, release_sentence
 from wattlock_operator.reports import PoolReport
@@ -95,6 +95,9 @@ def _ready(facts: Facts) -> Finding:
         return Finding(kind, False, "WaitingForAgents" if starting else reason, message)
     if facts.lagging_nodes:
         return Finding(kind, False, "WaitingForAgents", _lagging_sentence(facts))
+    if (rolled_back := _rolling(facts, RolloutPhase.ROLLED_BACK)) is not None:
+        name, rollout = rolled_back
+        return Finding(kind, False, Reason.ROLLED_BACK.value, f"pool {name}: {rollout.message}"[:1024])
     if policy.spec.mode is Mode.OBSERVE:
         return Finding(kind, True, "Observing", "all selected pods are measured; mode Observe caps nothing")
     return Finding(kind, True, "InForce", "the agents have acted on every order")
@@ -142,9 +145,27 @@ def _progressing(facts: Facts) -> Finding:
     kind = ConditionType.PROGRESSING
     if facts.release is not None and not facts.release.complete:
         return Finding(kind, True, "Releasing", release_sentence(facts.policy, facts.release))
+    for phase, reason in _ROLLOUT_REASONS.items():
+        if (found := _rolling(facts, phase)) is not None:
+            name, rollout = found
+            text = f"pool {name}, step {rollout.step} of {rollout.steps}: {rollout.message}"
+            return Finding(kind, True, reason, text[:1024])
     if facts.lagging_nodes:
         return Finding(kind, True, "WaitingForAgents", _lagging_sentence(facts))
+    rolled_out = any(pool.rollout is not None and pool.rollout.steps for pool in facts.pools)
+    if rolled_out and _rolling(facts, RolloutPhase.ROLLED_BACK) is None:
+        return Finding(kind, False, "RolledOut", "every instance has the clock that its pool asks for")
     return Finding(kind, False, "UpToDate", "nothing is under way")
+
+
+#: Why Progressing is true while the clock of a pool is rolled out.
+_ROLLOUT_REASONS = {RolloutPhase.PAUSED: "RolloutPaused", RolloutPhase.PROGRESSING: "RollingOut"}
+
+
+def _rolling(facts: Facts, phase: RolloutPhase) -> tuple[str, RolloutStatus] | None:
+    """Return the first pool whose rollout is in this phase."""
+    found = ((pool.name, pool.rollout) for pool in facts.pools if pool.rollout is not None)
+    return next(((name, rollout) for name, rollout in found if rollout.phase is phase), None)
 
 
 def _guardrail(facts: Facts) -> Finding:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wattlock_api.nodeenergy import Order
-from wattlock_api.policystatus import EnergyPolicyStatus
+from wattlock_api.policystatus import EnergyPolicyStatus, RolloutStatus
 
 from wattlock_operator.accounting import Account
 from wattlock_operator.events import Telling, Told, tell
@@ -44,6 +44,7 @@ class Memory:
     """By policy UID."""
     ordered_nodes: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Nodes that had orders of a policy, by its UID."""
+    rollouts: Mapping[PoolKey, RolloutStatus] = field(default_factory=dict)
     told: Told = field(default_factory=Told)
     powers_at: Mapping[str, float] = field(default_factory=dict)
     """When the annotation about power on other nodes was last written, by node."""
@@ -111,9 +112,19 @@ def _ordered_nodes(world: World, orders: Orders, memory: Memory) -> dict[str, fr
     return {uid: frozenset(nodes) for uid, nodes in found.items()}
 
 
+def _told_rollouts(world: World) -> dict[PoolKey, RolloutStatus]:
+    """Return the rollouts as the policies' statuses have them: where a restarted operator goes on."""
+    return {
+        (policy.uid, pool.name): pool.rollout
+        for policy in world.policies
+        for pool in (policy.status.pools if policy.status else ())
+        if pool.rollout is not None
+    }
+
+
 def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now_seconds: float) -> Decision:
     """Return what to do now. Total: bad input leads to a condition with a reason, never to an exception."""
-    orders = give_orders(world)
+    orders = give_orders(world, {**_told_rollouts(world), **memory.rollouts}, now_seconds)
     powers = peer_powers(world, orders.by_node)
     fresh = {node for node, at_seconds in memory.powers_at.items() if now_seconds - at_seconds < PEER_POWER_SECONDS}
     write, delete = _orders_to_write(world, orders, powers, fresh)
@@ -178,5 +189,5 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         tellings=tuple(tellings),
         released=frozenset(uid for uid, release in releases.items() if release.complete),
         again_soon=again_soon,
-        memory=Memory(accounts, ledgers, written, ordered_nodes, told, powers_at),
+        memory=Memory(accounts, ledgers, written, ordered_nodes, orders.rollouts, told, powers_at),
     )

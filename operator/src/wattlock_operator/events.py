@@ -25,8 +25,8 @@ _TROUBLE = {
     ConditionType.POWER_CAP_BINDING,
     ConditionType.CONFLICT,
 }
-#: Its changes are told by Ready already.
-_SILENT = {ConditionType.PROGRESSING}
+#: Of Progressing only the rollout is told: the rest is told by Ready already.
+_ROLLOUT = ("RollingOut", "RolloutPaused", "RolledOut")
 #: Why Enforced is not true (yet), as far as Ready tells it or it passes by itself within seconds.
 _TOLD_BY_READY = {
     Reason.NO_AGENT,
@@ -77,7 +77,7 @@ class Telling:
 
 
 def _worth_telling(condition: Condition, previous: Condition | None) -> bool:
-    if condition.type in _SILENT:
+    if condition.type == ConditionType.PROGRESSING and condition.reason not in _ROLLOUT:
         return False
     statuses = (condition.status, previous.status if previous else "")
     if condition.type == ConditionType.VERIFIED and "True" not in statuses:
@@ -92,6 +92,8 @@ def _worth_telling(condition: Condition, previous: Condition | None) -> bool:
 
 
 def _is_warning(condition: Condition) -> bool:
+    if condition.reason == Reason.ROLLED_BACK:
+        return True
     if condition.type in _TROUBLE:
         return condition.status == "True"
     if condition.type == ConditionType.VERIFIED:

@@ -3,13 +3,16 @@
 import ipaddress
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wattlock_api.base import ObjectRef
 from wattlock_api.constants import FINALIZER, Mode, Reason, Role
 from wattlock_api.nodeenergy import Hold, InstanceSpan, Order, OrderExperiment, PolicyRef
+from wattlock_api.policystatus import RolloutStatus
 
 from wattlock_operator.clocks import Cap, cap_for, hold, products_of
+from wattlock_operator.reports import PoolKey
+from wattlock_operator.rolling import roll_out
 from wattlock_operator.selection import (
     Member,
     Selection,
@@ -38,6 +41,8 @@ class Orders:
     """By policy UID: members that ask for no GPU; there is nothing to order for them."""
     surplus: Mapping[str, tuple[Member, ...]]
     """By policy UID: members beyond what fits into a node's list."""
+    rollouts: Mapping[PoolKey, RolloutStatus] = field(default_factory=dict)
+    """Of the Decode pools that have, or had, something to cap."""
 
 
 def metrics_url(member: Member) -> str | None:
@@ -189,12 +194,15 @@ def _reference(pod: PodView) -> ObjectRef:
     return ObjectRef(namespace=pod.namespace, name=pod.name, uid=pod.uid)
 
 
-def give_orders(world: World) -> Orders:
-    """Return the orders for all nodes."""
+def give_orders(
+    world: World, rollouts: Mapping[PoolKey, RolloutStatus] | None = None, now_seconds: float = 0.0
+) -> Orders:
+    """Return the orders for all nodes. ``rollouts`` are the states of before; ``now_seconds`` since 1970."""
     selection = select(world.policies, world.pods)
     by_node: dict[str, list[tuple[Member, Order]]] = defaultdict(list)
     without_gpu: dict[str, tuple[Member, ...]] = {}
     surplus: dict[str, list[Member]] = defaultdict(list)
+    kept_rollouts: dict[PoolKey, RolloutStatus] = {}
     for uid, members in selection.members.items():
         with_gpu = [member for member in members if member.pod.wants_gpu]
         without_gpu[uid] = tuple(member for member in members if not member.pod.wants_gpu)
@@ -205,6 +213,9 @@ def give_orders(world: World) -> Orders:
             if member.pool.role is Role.DECODE:
                 verdicts[member.instance].append(_verdict(member, world, peers))
         agreed = {instance: _agree(found) for instance, found in verdicts.items()}
+        turns, states = roll_out(world, with_gpu, agreed, rollouts or {}, now_seconds)
+        agreed |= turns
+        kept_rollouts |= states
         for member in with_gpu:
             verdict = agreed[member.instance] if member.pool.role is Role.DECODE else None
             if isinstance(verdict, Cap) and member.spec.mode is Mode.ENFORCE:
@@ -224,4 +235,5 @@ def give_orders(world: World) -> Orders:
         selection=selection,
         without_gpu=without_gpu,
         surplus={uid: tuple(found) for uid, found in surplus.items()},
+        rollouts=kept_rollouts,
     )

@@ -8,7 +8,7 @@ from wattlock_api.base import DecimalString, decimal_string
 from wattlock_api.constants import GpuState, PowerCapVerdict, Reason, Role
 from wattlock_api.energypolicy import Pool
 from wattlock_api.nodeenergy import InstanceStatus, Order
-from wattlock_api.policystatus import CountedEnergy, Limiters, PoolReason, PoolStatus, PowerCap, Savings
+from wattlock_api.policystatus import CountedEnergy, Limiters, PoolReason, PoolStatus, PowerCap, RolloutStatus, Savings
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Account, counted_capped_joules, counted_joules
 from wattlock_operator.orders import Orders
@@ -204,6 +204,7 @@ def pool_status(
     savings: Savings | None,
     held: Sequence[Order],
     problems: Sequence[PodProblem],
+    rollout: RolloutStatus | None = None,
 ) -> PoolStatus:
     """Return what is to be said about a pool. A number that was not measured is absent."""
     fresh = [entry for entry in report.gpus if not entry.silent]
@@ -257,6 +258,7 @@ def pool_status(
         power_cap=power_cap(report.gpus),
         roofline=find_roofline(fresh, instances),
         savings=savings,
+        rollout=rollout,
         reasons=_reasons(fresh, instances, problems, held, bool(members), pool),
     )
 

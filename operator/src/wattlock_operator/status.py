@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wattlock_api.base import parse_timestamp
-from wattlock_api.constants import Mode, Reason, Role, SavingsVerdict
+from wattlock_api.constants import Mode, Reason, Role, RolloutPhase, SavingsVerdict
 from wattlock_api.pairs import PairStats
 from wattlock_api.policystatus import EnergyPolicyStatus, PoolStatus, Summary
 
@@ -53,6 +53,15 @@ def _range(numbers: Sequence[int]) -> str | None:
     return f"{distinct[0]}MHz" if len(distinct) == 1 else f"{distinct[0]}-{distinct[-1]}MHz"
 
 
+def _clock(asked: Sequence[int], decode: Sequence[PoolStatus]) -> str | None:
+    """Return the caps asked for, with how far they have come while a rollout is under way: 1590MHz(2/8)."""
+    clocks = _range(asked)
+    rolling = [pool.rollout for pool in decode if pool.rollout and pool.rollout.phase is not RolloutPhase.COMPLETE]
+    if clocks is None or not rolling:
+        return clocks
+    return f"{clocks}({sum(each.updated for each in rolling)}/{sum(each.instances for each in rolling)})"
+
+
 def _saved_kwh(pools: Sequence[PoolStatus]) -> str | None:
     """Return the sum over the pools for reading: four places below a kilowatt-hour, fewer and fewer above."""
     known = [number(pool.savings.saved_kwh) for pool in pools if pool.savings and pool.savings.saved_kwh is not None]
@@ -87,7 +96,7 @@ def summary(policy: PolicyView, pools: Sequence[PoolStatus], findings: Sequence[
         gpus=sum(pool.gpus for pool in pools),
         capped=f"{sum(pool.capped for pool in decode)}/{sum(pool.gpus for pool in decode)}" if decode else None,
         locked=sum(pool.locked for pool in pools),
-        clock=_range(asked),
+        clock=_clock(asked, decode),
         power=f"{sum(watts or 0 for watts in powers)}W" if powers and None not in powers else None,
         saved=_saved(findings),
         saved_kwh=_saved_kwh(pools),
@@ -162,7 +171,10 @@ def report_policy(
             savings = with_totals(finding.savings, account.saved, policy.spec.cost)
         own = [member for member in members if member.pool.name == pool.name]
         pools.append(
-            pool_status(pool, own, report, account, savings, held.get(pool.name, ()), problems.get(pool.name, ()))
+            pool_status(
+                *(pool, own, report, account, savings, held.get(pool.name, ()), problems.get(pool.name, ())),
+                orders.rollouts.get(key),
+            )
         )
         pool_reports.append(report)
     facts = Facts(
@@ -198,6 +210,7 @@ def urgent_change(before: EnergyPolicyStatus | None, after: EnergyPolicyStatus) 
             status.observed_generation,
             {(condition.type, condition.status, condition.reason) for condition in status.conditions},
             (status.summary.gpus, status.summary.clock),
+            [pool.rollout for pool in status.pools],
             {
                 (pool.name, pool.pods, routine(entry.reason))
                 for pool in status.pools

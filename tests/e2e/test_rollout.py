@@ -1,0 +1,43 @@
+"""A clock that decode cannot stand: released by the agent, halted and taken back by the operator, told in order."""
+
+import pytest
+from workloads import eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+RULES = {"steps": [1, "100%"], "holdSeconds": 10}
+#: The simulated decode makes a token in 7.6 ms when released, and in more than twice the time at 400 MHz.
+GUARD = {"maxInterTokenLatencyMs": 11, "cooldownSeconds": 600}
+
+
+def asked(policy, mhz):
+    decode, prefill = policy["spec"]["pools"]
+    pools = [decode | {"clock": {"maxSMClockMHz": mhz}}, prefill]
+    spec = {"pools": pools, "rollout": RULES, "guardrail": GUARD, "verification": {"method": "None"}}
+    return policy | {"spec": policy["spec"] | spec}
+
+
+def caps(simulator, gpus):
+    found = simulator.gpus()
+    return sorted(found[uuid]["lock_mhz"][1] if found[uuid]["lock_mhz"] else 0 for uuid in gpus)
+
+
+def test_a_clock_goes_out_in_steps_and_one_that_hurts_comes_back(serving_pods, simulator, good_policy):
+    gpus = serving_pods.gpus("decode")
+    serving_pods.kubectl.apply(asked(good_policy, 1590))
+    eventually("the first of two is capped", lambda: caps(simulator, gpus) == [0, 1590], 30)
+    eventually("both are", lambda: caps(simulator, gpus) == [1590, 1590], 60)
+    eventually("it is complete", lambda: serving_pods.pool("decode")["rollout"]["phase"] == "Complete", 60)
+    serving_pods.kubectl.apply(asked(good_policy, 400))
+    eventually("the first has the new clock", lambda: caps(simulator, gpus) == [390, 1590], 30)
+    eventually("every instance is back at the clock of before", lambda: caps(simulator, gpus) == [0, 1590], 30)
+    ready = eventually(
+        "status says so", lambda: (c := serving_pods.condition("Ready")).get("reason") == "RolledBack" and c, 30
+    )
+    assert "ms" in ready["message"]
+    assert serving_pods.pool("decode")["rollout"]["phase"] == "RolledBack"
+    events = serving_pods.kubectl.get("events", "--field-selector", "involvedObject.name=qwen")["items"]
+    told = [event["reason"] for event in sorted(events, key=lambda event: event["metadata"]["name"])]
+    for earlier, later in (("RollingOut", "RolledOut"), ("RolledOut", "RolledBack")):
+        assert told.index(earlier) < told.index(later), told
+    assert "Breached" in told

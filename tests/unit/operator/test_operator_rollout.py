@@ -1,0 +1,302 @@
+"""Rollouts: one step after the other, held, halted and taken back; the state alone says where it stands."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operator_worlds import DECODE, NOW, PREFILL, agent_pod, instance, node_energy, pod, policy, world
+from wattlock_api.constants import RolloutPhase
+from wattlock_api.energypolicy import Rollout
+from wattlock_api.policystatus import RolloutStatus
+from wattlock_operator.decide import Memory, decide
+from wattlock_operator.rollout import Candidate, in_turn, instances_of_step, plan_rollout
+
+RULES = Rollout(steps=[1, "50%", "100%"], hold_seconds=100)
+
+
+class Pool:
+    """Instances whose agents act at once on what the plan orders, in virtual time."""
+
+    def __init__(self, size=4, rules=RULES, mhz=1590):
+        self.rules, self.mhz, self.now, self.generation = rules, mhz, NOW, 1
+        self.ordered: dict[str, int | None] = {f"d{number}": None for number in range(size)}
+        self.breach: dict[str, str] = {}
+        self.not_ready: set[str] = set()
+        self.deaf: set[str] = set()
+        self.state: RolloutStatus | None = None
+
+    def look(self, seconds=0.0):
+        self.now += seconds
+        candidates = [
+            Candidate(
+                name, "", self.mhz, name not in self.not_ready, mhz, name not in self.deaf, self.breach.get(name, "")
+            )
+            for name, mhz in self.ordered.items()
+        ]
+        plan = plan_rollout(self.rules, self.state, candidates, "seed", self.generation, self.now)
+        # What is kept goes through the API server, which knows JSON only.
+        self.state = RolloutStatus.model_validate(plan.status.to_api())
+        self.ordered = {each.name: plan.cap_mhz(each) for each in candidates}
+        return self
+
+    def run(self, seconds, every=10):
+        for _ in range(int(seconds / every)):
+            self.look(every)
+        return self
+
+    @property
+    def capped(self):
+        return sorted(name for name, mhz in self.ordered.items() if mhz == self.mhz)
+
+    @property
+    def turns(self):
+        return [each.name for each in in_turn("seed", [Candidate(name, "", 1, True) for name in self.ordered])]
+
+
+def test_each_step_holds_before_the_next_begins():
+    pool = Pool().look()
+    assert pool.capped == [pool.turns[0]]
+    assert pool.run(100).capped == [pool.turns[0]], "the hold time begins once the agent has acted"
+    assert len(pool.run(20).capped) == 2
+    assert len(pool.run(90).capped) == 2
+    assert len(pool.run(20).capped) == 4
+    assert pool.state.phase is RolloutPhase.PROGRESSING, "the last step holds, too"
+    assert pool.run(120).state.phase is RolloutPhase.COMPLETE
+
+
+def test_a_breach_under_the_new_clock_takes_everything_back_to_the_clock_of_before():
+    pool = Pool().run(400)
+    assert pool.state.phase is RolloutPhase.COMPLETE
+    pool.mhz = 1400
+    pool.look().look()
+    assert sorted(pool.ordered.values()) == [1400, 1590, 1590, 1590]
+    pool.breach = {pool.turns[0]: "52.0 ms, the bound is 50 ms"}
+    pool.look(5)
+    assert set(pool.ordered.values()) == {1590}
+    assert pool.state.phase is RolloutPhase.ROLLED_BACK
+    assert pool.turns[0] in pool.state.message
+    assert "52.0 ms" in pool.state.message
+    pool.breach = {}
+    assert set(pool.run(5000).ordered.values()) == {1590}, "it is not tried again by itself"
+    pool.generation += 1
+    pool.look()
+    assert sorted(pool.ordered.values()) == [1400, 1590, 1590, 1590]
+
+
+def test_the_first_rollout_goes_back_to_released():
+    pool = Pool().look().look()
+    pool.breach = {pool.turns[0]: "slow"}
+    assert set(pool.look().ordered.values()) == {None}
+
+
+@pytest.mark.parametrize("whose", ["another instance's", "of before the order"])
+def test_a_breach_that_the_new_clock_did_not_make_does_not_count(whose):
+    pool = Pool().run(400)
+    pool.mhz = 1400
+    first = pool.turns[0]
+    if whose == "of before the order":
+        pool.breach, pool.deaf = {first: "told under the old clock"}, {first}
+    else:
+        pool.breach = {pool.turns[-1]: "slow under the old clock"}
+    pool.run(50)
+    assert pool.state.phase is RolloutPhase.PROGRESSING
+    assert pool.ordered[first] == 1400
+
+
+def test_the_hold_time_does_not_run_while_agents_have_not_acted_or_pods_are_not_ready():
+    pool = Pool().look()
+    pool.deaf = {pool.turns[0]}
+    assert len(pool.run(1000).capped) == 1
+    assert pool.turns[0] in pool.state.message
+    pool.deaf = set()
+    pool.run(90)
+    pool.not_ready = {"d3"}
+    assert len(pool.run(1000).capped) == 1
+    assert "d3" in pool.state.message
+    pool.not_ready = set()
+    assert len(pool.run(90).capped) == 1, "it begins anew"
+    assert len(pool.run(30).capped) == 2
+
+
+def test_as_many_may_be_not_ready_as_is_allowed():
+    pool = Pool(rules=RULES.model_copy(update={"max_unavailable": 1})).look()
+    pool.not_ready = {"d3"}
+    assert len(pool.run(130).capped) == 2
+
+
+def test_other_orders_on_the_node_do_not_stop_a_hold_that_runs():
+    pool = Pool().look().look()
+    pool.deaf = {pool.turns[0]}
+    pool.look(50)
+    pool.deaf = set()
+    assert len(pool.run(60).capped) == 2
+
+
+def test_paused_keeps_what_is_and_goes_on_with_a_full_hold():
+    pool = Pool().run(120)
+    pool.rules = RULES.model_copy(update={"paused": True})
+    assert len(pool.look(1000).capped) == 2, "not even when the hold time was over as it was paused"
+    assert len(pool.run(1000).capped) == 2
+    assert pool.state.phase is RolloutPhase.PAUSED
+    pool.rules = RULES
+    assert len(pool.run(90).capped) == 2
+    assert len(pool.run(30).capped) == 4
+
+
+def test_a_breach_while_paused_still_takes_everything_back():
+    pool = Pool(rules=RULES.model_copy(update={"paused": True})).look().look()
+    pool.breach = {pool.turns[0]: "slow"}
+    assert pool.look().state.phase is RolloutPhase.ROLLED_BACK
+
+
+def test_without_rules_every_change_is_at_once_and_rules_that_come_later_release_nobody():
+    pool = Pool(rules=None).look()
+    assert len(pool.capped) == 4
+    pool.rules = RULES
+    assert len(pool.look().capped) == 4
+    pool.mhz = 1400
+    assert sorted(pool.look().ordered.values()) == [1400, 1590, 1590, 1590]
+
+
+def test_a_change_taken_back_in_the_middle_is_done_at_once():
+    pool = Pool().run(400)
+    pool.mhz = 1400
+    pool.run(130)
+    pool.mhz = 1590
+    assert set(pool.look().ordered.values()) == {1590}
+    assert pool.state.phase is RolloutPhase.COMPLETE
+
+
+def test_a_third_clock_in_the_middle_begins_from_the_clock_of_before():
+    pool = Pool().run(400)
+    pool.mhz = 1400
+    pool.run(130)
+    pool.mhz = 1305
+    assert sorted(pool.look().ordered.values()) == [1305, 1590, 1590, 1590]
+
+
+def test_instances_that_come_while_it_is_complete_are_capped_at_once():
+    pool = Pool().run(400)
+    pool.ordered["d9"] = None
+    assert "d9" in pool.look().capped
+    assert pool.state.phase is RolloutPhase.COMPLETE
+
+
+def test_the_state_stays_while_there_is_nothing_to_cap():
+    pool = Pool().run(130)
+    state = pool.state
+    assert plan_rollout(RULES, state, [], "seed", 1, pool.now).status == state
+    assert plan_rollout(RULES, None, [], "seed", 1, pool.now) is None
+
+
+def test_gpu_products_have_clocks_of_their_own():
+    pool = [Candidate("a", "H100", 1200, True), Candidate("b", "H200", 1590, True)]
+    plan = plan_rollout(None, None, pool, "seed", 1, NOW)
+    changed = [dataclasses.replace(pool[0], cap_mhz=1100), pool[1]]
+    for number in range(60):
+        changed = [dataclasses.replace(each, ordered_mhz=plan.cap_mhz(each), acted=True) for each in changed]
+        plan = plan_rollout(RULES, plan.status, changed, "seed", 1, NOW + 10 * number)
+        assert plan.cap_mhz(changed[1]) == 1590, "a product whose row did not change keeps its clock"
+    assert plan.cap_mhz(changed[0]) == 1100
+
+
+@pytest.mark.parametrize(
+    ("step", "total", "count"),
+    [(1, 4, 1), (9, 4, 4), ("25%", 4, 1), ("25%", 5, 2), ("100%", 3, 3), ("1%", 1000, 10), ("1%", 3, 1)],
+)
+def test_shares_are_rounded_up(step, total, count):
+    assert instances_of_step(step, total) == count
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_whatever_happens_no_instance_is_at_a_clock_that_nobody_chose_and_a_breach_is_never_ignored(data):
+    """Any instance is at the target, at the clock of before, or released; restarts lose nothing, since only the status
+    is kept; and with a breach under the target the next look has nobody there."""
+    pool = Pool(size=data.draw(st.integers(1, 6)))
+    asked = [pool.mhz]
+    for _ in range(data.draw(st.integers(1, 40))):
+        match data.draw(st.sampled_from(["wait", "clock", "breach", "calm", "deaf", "ready", "come", "go", "edit"])):
+            case "clock":
+                pool.mhz = data.draw(st.sampled_from([1200, 1400, 1590]))
+                asked.append(pool.mhz)
+            case "breach":
+                pool.breach = dict.fromkeys(data.draw(st.sets(st.sampled_from(sorted(pool.ordered)))), "slow")
+            case "calm":
+                pool.breach = {}
+            case "deaf":
+                pool.deaf = data.draw(st.sets(st.sampled_from(sorted(pool.ordered))))
+            case "ready":
+                pool.not_ready = data.draw(st.sets(st.sampled_from(sorted(pool.ordered))))
+            case "come":
+                pool.ordered[f"d{len(pool.ordered) + 10}"] = None
+            case "go" if len(pool.ordered) > 1:
+                del pool.ordered[sorted(pool.ordered)[0]]
+            case "edit":
+                pool.generation += 1
+        before = pool.state
+        told = {
+            name
+            for name in pool.breach
+            if name in pool.ordered and name not in pool.deaf and pool.ordered[name] == pool.mhz
+        }
+        same = before is not None and {each.cap_mhz for each in before.target} == {pool.mhz}
+        rolling = same and before.phase is RolloutPhase.PROGRESSING
+        first = (
+            set(pool.turns[: instances_of_step(RULES.steps[before.step - 1], len(pool.ordered))]) if rolling else set()
+        )
+        pool.look(data.draw(st.sampled_from([0.0, 15.0, 120.0])))
+        assert {mhz for mhz in pool.ordered.values() if mhz is not None} <= set(asked)
+        if told & first:
+            assert pool.state.phase is RolloutPhase.ROLLED_BACK
+            assert not pool.capped or pool.mhz in {each.cap_mhz for each in pool.state.previous}
+
+
+def cluster(spec, gpus=(), instances=(), orders=(), status=None):
+    pods = [pod(f"d{number}", DECODE) for number in range(4)] + [pod("p0", PREFILL), agent_pod("n1")]
+    node = node_energy("n1", orders, gpus=gpus, instances=instances)
+    return world([policy(spec=spec, status=status)], pods, [node])
+
+
+SPEC = {"rollout": {"steps": [1, "100%"], "holdSeconds": 20}}
+
+
+def settle(spec, memory, now, status=None, instances=(), orders=()):
+    """Decide, write the orders, and decide once more when the agents have acted on them."""
+    first = decide(cluster(spec, orders=orders, status=status, instances=instances), None, memory, now)
+    orders = first.write_orders.get("n1", orders)
+    last = decide(cluster(spec, orders=orders, status=status, instances=instances), None, first.memory, now + 2)
+    both = (*first.tellings, *last.tellings)
+    return dataclasses.replace(last, tellings=both), last.write_orders.get("n1", orders)
+
+
+def test_the_whole_decision_rolls_out_and_says_so():
+    decision, orders = settle(SPEC, Memory(), NOW)
+    capped = [order for order in orders if order.cap_mhz is not None]
+    assert len(capped) == 1
+    waiting = {order.hold.reason for order in orders if order.hold is not None}
+    assert waiting == {"RolloutPending"}
+    status = decision.statuses["uid-qwen"]
+    assert status.summary.clock == "1590MHz(1/4)"
+    conditions = {each.type: each for each in status.conditions}
+    assert (conditions["Progressing"].status, conditions["Progressing"].reason) == ("True", "RollingOut")
+    assert "step 1 of 2" in conditions["Progressing"].message
+    # A restarted operator has the status alone.
+    later, orders = settle(SPEC, Memory(), NOW + 23, status, orders=orders)
+    assert len([order for order in orders if order.cap_mhz is not None]) == 4
+    tripped = instance(capped[0].instance, guardrail_tripped=True, guardrail_message="slow")
+    back, orders = settle(SPEC, Memory(), NOW + 30, later.statuses["uid-qwen"], [tripped], orders)
+    conditions = {each.type: each for each in back.statuses["uid-qwen"].conditions}
+    assert (conditions["Ready"].status, conditions["Ready"].reason) == ("False", "RolledBack")
+    assert "slow" in conditions["Ready"].message
+    assert [telling.reason for telling in back.tellings if telling.warning] == ["RolledBack", "Breached"]
+    assert all(order.cap_mhz is None for order in orders)
+
+
+def test_observe_has_no_rollout_and_enforce_begins_one():
+    decision, orders = settle(SPEC | {"mode": "Observe"}, Memory(), NOW)
+    assert decision.statuses["uid-qwen"].pools[0].rollout is None
+    assert all(order.cap_mhz is None for order in orders)
+    _, orders = settle(SPEC, decision.memory, NOW + 1, decision.statuses["uid-qwen"])
+    assert len([order for order in orders if order.cap_mhz is not None]) == 1
