@@ -2,7 +2,6 @@
 
 import re
 import time
-import tracemalloc
 
 import pytest
 from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
@@ -131,13 +130,12 @@ def test_a_thousand_policies_about_the_same_pods_are_told_and_cost_little():
     pods = [pod(f"d{number}" + "y" * 200, DECODE, f"n{number // 10}", uid=f"{number}") for number in range(250)]
     nodes = [f"n{number}" for number in range(25)]
     somewhere = world(policies, pods, [node_energy(name) for name in nodes], nodes)
-    tracemalloc.start()
     began = time.process_time()
     decision = decide(somewhere, None, Memory(), NOW)
-    took_seconds, (_, peak_bytes) = time.process_time() - began, tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert took_seconds < 20
-    assert peak_bytes < 48 * 2**20
+    assert time.process_time() - began < 20
+    # a quarter of a million claims: what is kept of them is a sentence for each pod
+    (kept, *_) = give_orders(somewhere).selection.disputes.values()
+    assert max(sum(map(len, member.rivals)) for member in kept) < 3000
     assert sum(map(len, decision.write_orders.values())) == 250
     order = decision.write_orders["n0"][0]
     assert (order.cap_mhz, order.hold and order.hold.reason) == (None, "PolicyConflict")
