@@ -177,17 +177,14 @@ class Applier:
                 well &= self._try("NodeEnergy", "delete", node, partial(self._kube.delete, path))
             well &= self._daemon_sets(decision)
             written = list(pool.map(lambda entry: self.write_status(*entry), decision.write_statuses))
+            list(pool.map(lambda telling: self._tell(telling, now_seconds), decision.tellings))
         failed = [policy.uid for (policy, _), fine in zip(decision.write_statuses, written, strict=True) if not fine]
-        for telling in decision.tellings:
-            body = event_body(telling, self._identity, now_seconds)
-            path = f"/api/v1/namespaces/{telling.policy.namespace}/events"
-            self._try(
-                "Event",
-                "create",
-                telling.reason,
-                partial(self._kube.request, "POST", path, body=body),
-            )
         return well and not failed, frozenset(failed)
+
+    def _tell(self, telling: Telling, now_seconds: float) -> None:
+        body = event_body(telling, self._identity, now_seconds)
+        path = f"/api/v1/namespaces/{telling.policy.namespace}/events"
+        self._try("Event", "create", telling.reason, partial(self._kube.request, "POST", path, body=body))
 
     def _daemon_sets(self, decision: Decision) -> bool:
         well = True

@@ -143,3 +143,17 @@ def test_a_thousand_policies_about_the_same_pods_are_told_and_cost_little():
         conflict = next(entry for entry in status.conditions if entry.type == "Conflict")
         assert conflict.status == "True"
         assert len(conflict.message) <= 1024
+
+
+def test_a_thousand_statuses_are_written_in_turns_and_none_is_forgotten():
+    policies = [policy(f"p{number:04}", uid=f"uid-{number}") for number in range(1000)]
+    memory, seen, passes = Memory(), [], 0
+    while passes < 5:
+        decision = decide(world(policies), None, memory, NOW + passes)
+        memory, passes = decision.memory, passes + 1
+        assert len(decision.write_statuses) == 200
+        assert len(decision.tellings) <= 10 * 200
+        assert decision.again_soon is (passes < 5)
+        seen += [view.uid for view, _ in decision.write_statuses]
+    assert sorted(seen) == sorted(view.uid for view in policies)
+    assert decide(world(policies), None, memory, NOW + passes).write_statuses == ()
