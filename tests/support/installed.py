@@ -16,14 +16,14 @@ GPUS_PER_NODE = int(os.environ.get("WATTLOCK_SIMULATED_GPUS", "4"))
 
 
 @pytest.fixture(scope="session")
-def install(kubectl: Kubectl) -> Callable[[], None]:
-    """Return a function that installs the chart with simulated GPUs, or brings it back."""
+def install(kubectl: Kubectl) -> Callable[..., None]:
+    """Return a function that installs the chart with simulated GPUs, or brings it back; it takes words for helm."""
 
-    def helm_install() -> None:
+    def helm_install(*more: str) -> None:
         command = [
             *("helm", "upgrade", "--install", "wattlock", str(ROOT / "charts/wattlock"), "--namespace", SYSTEM),
             *("--create-namespace", "--values", str(ROOT / "dev/demo/values.yaml"), "--wait", "--timeout", "3m"),
-            *("--set", f"simulator.gpusPerNode={GPUS_PER_NODE}"),
+            *("--set", f"simulator.gpusPerNode={GPUS_PER_NODE}", *more),
         ]
         result = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -40,7 +40,7 @@ def install(kubectl: Kubectl) -> Callable[[], None]:
 
 
 @pytest.fixture(scope="session")
-def wattlock(install: Callable[[], None]) -> None:
+def wattlock(install: Callable[..., None]) -> None:
     """Wattlock, installed by its chart."""
     install()
 

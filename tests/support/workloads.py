@@ -70,8 +70,8 @@ class Write:
 class Simulator:
     """The simulated driver of all nodes, asked directly and not through Wattlock."""
 
-    def __init__(self, kubectl: Kubectl) -> None:
-        self._kubectl = kubectl.within(SYSTEM)
+    def __init__(self, kubectl: Kubectl, namespace: str = SYSTEM) -> None:
+        self._kubectl = kubectl.within(namespace)
 
     def _pods(self) -> list[str]:
         items = self._kubectl.get("pods", "-l", SIMULATOR_LABEL)["items"]

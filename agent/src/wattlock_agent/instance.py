@@ -228,7 +228,10 @@ class InstanceTrack:
         if without_gpu is not None:
             reason, message = without_gpu.reason, without_gpu.message
         elif self._url is None and order.span is None:
-            reason, message = Reason.NO_SERVING_METRICS, "no metrics address is known for its pods on this node"
+            reason = Reason.NO_SERVING_METRICS
+            message = (
+                "no metrics address is known for its pods on this node: the reasons of the policy's pool tell more"
+            )
         elif self._failure is not None:
             reason, message = self._failure.reason, self._failure.message
         elif now_seconds - self._restarted_seconds < RESTART_SHOWN_SECONDS:

@@ -93,6 +93,10 @@ prometheus.io/path: /metrics
   value: {{ include "wattlock.operatorName" . | quote }}
 - name: WATTLOCK_AGENT_TEMPLATE
   value: /etc/wattlock/agent-daemonset.yaml
+{{- with .Values.metrics.hostNetworkNamespaces }}
+- name: WATTLOCK_HOST_NETWORK_NAMESPACES
+  value: {{ join "," . | quote }}
+{{- end }}
 - name: WATTLOCK_HTTP_PORT
   value: "8080"
 - name: POD_NAME

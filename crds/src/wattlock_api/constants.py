@@ -12,7 +12,8 @@ AGENT_FIELD_MANAGER = "wattlock-agent"
 
 #: Keeps a policy until every GPU it locked is released.
 FINALIZER = f"{GROUP}/release-gpus"
-#: On a policy: do not wait any longer for nodes that cannot answer. Value: "true".
+#: On a policy that is being deleted: do not wait any longer for nodes that cannot answer, nor for one whose agent
+#: answers and still claims locks after STUCK_RELEASE_SECONDS. Value: "true".
 FORCE_RELEASE_ANNOTATION = f"{GROUP}/abandon-unreachable-nodes"
 #: On agent DaemonSets and their pods: hash of the placement that they serve.
 PLACEMENT_LABEL = f"{GROUP}/placement"
@@ -28,6 +29,9 @@ LEASE_NAME = "wattlock-operator"
 LEASE_RENEW_SECONDS = 20
 #: An agent that has seen neither the API server nor a fresh lease for so long releases its GPUs.
 STALE_ORDERS_SECONDS = 600
+
+#: A working agent needs seconds to release. One that still claims a lock so long after the deletion cannot or lies.
+STUCK_RELEASE_SECONDS = 600
 
 #: The ClockProfile that the operator ships: what published measurements support, nothing more.
 PUBLISHED_PROFILE = "published"
@@ -117,6 +121,7 @@ class Reason(StrEnum):
     NO_ENERGY_COUNTER = "NoEnergyCounter"
     # about serving metrics
     NO_SERVING_METRICS = "NoServingMetrics"
+    HOST_NETWORK_METRICS = "HostNetworkMetrics"
     METRICS_UNREACHABLE = "MetricsUnreachable"
     METRICS_INVALID = "MetricsInvalid"
     METRICS_TOO_LARGE = "MetricsTooLarge"

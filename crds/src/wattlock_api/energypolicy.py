@@ -47,6 +47,7 @@ class Clock(ApiModel):
 class MetricsEndpoint(ApiModel):
     """Where the pods of a pool serve their Prometheus metrics; the address is always the pod's own.
 
+    Pods with the host's network are asked only where the chart's metrics.hostNetworkNamespaces has their namespace.
     Without serving metrics power is measured, but neither energy for each token nor a saving.
     """
 

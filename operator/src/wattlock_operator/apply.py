@@ -1,5 +1,6 @@
 """Carries a decision out: writes to the API server, only what differs, each failure told and tried again."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,12 +75,14 @@ def ensure_published_profile(kube: Kube) -> bool:
 def event_body(telling: Telling, identity: str, now_seconds: float) -> dict[str, Any]:
     """Return the Event for a policy."""
     policy, at = telling.policy, timestamp(now_seconds)
-    unique = datetime.fromtimestamp(now_seconds, UTC).strftime("%Y%m%d%H%M%S%f")
+    moment = datetime.fromtimestamp(now_seconds, UTC).strftime("%Y%m%d%H%M%S%f")
+    # A long name is cut: the hash keeps those apart that begin alike, and a name from ending in a dot or dash.
+    unique = hashlib.sha256(f"{policy.uid}/{telling.reason}/{moment}".encode()).hexdigest()[:16]
     return {
         "apiVersion": "v1",
         "kind": "Event",
         "metadata": {
-            "name": f"{policy.name[:200]}.{unique}.{telling.reason.lower()[:30]}",
+            "name": f"{policy.name[:200].rstrip('-.')}.{unique}",
             "namespace": policy.namespace,
         },
         "involvedObject": {
@@ -174,17 +177,14 @@ class Applier:
                 well &= self._try("NodeEnergy", "delete", node, partial(self._kube.delete, path))
             well &= self._daemon_sets(decision)
             written = list(pool.map(lambda entry: self.write_status(*entry), decision.write_statuses))
+            list(pool.map(lambda telling: self._tell(telling, now_seconds), decision.tellings))
         failed = [policy.uid for (policy, _), fine in zip(decision.write_statuses, written, strict=True) if not fine]
-        for telling in decision.tellings:
-            body = event_body(telling, self._identity, now_seconds)
-            path = f"/api/v1/namespaces/{telling.policy.namespace}/events"
-            self._try(
-                "Event",
-                "create",
-                telling.reason,
-                partial(self._kube.request, "POST", path, body=body),
-            )
         return well and not failed, frozenset(failed)
+
+    def _tell(self, telling: Telling, now_seconds: float) -> None:
+        body = event_body(telling, self._identity, now_seconds)
+        path = f"/api/v1/namespaces/{telling.policy.namespace}/events"
+        self._try("Event", "create", telling.reason, partial(self._kube.request, "POST", path, body=body))
 
     def _daemon_sets(self, decision: Decision) -> bool:
         well = True

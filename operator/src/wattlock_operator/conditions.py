@@ -80,7 +80,8 @@ def _ready(facts: Facts) -> Finding:
     kind = ConditionType.READY
     policy = facts.policy
     if facts.release is not None:
-        reason = "Released" if facts.release.complete else "Releasing"
+        reason = "ReleaseStuck" if facts.release.stuck else "Releasing"
+        reason = "Released" if facts.release.complete else reason
         return Finding(kind, False, reason, release_sentence(policy, facts.release))
     if policy.spec is None:
         return Finding(kind, False, "InvalidSpec", f"this operator does not understand the policy ({policy.problem})")

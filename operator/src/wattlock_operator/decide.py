@@ -1,9 +1,10 @@
 """The whole decision: what the world should look like, as a pure function of what it looks like."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+from wattlock_api.base import Condition
 from wattlock_api.nodeenergy import Order
 from wattlock_api.policystatus import EnergyPolicyStatus, RolloutStatus
 
@@ -24,6 +25,9 @@ NUMBERS_SECONDS = 20.0
 PEER_POWER_SECONDS = 20.0
 #: The least time between two writes of a status.
 STATES_SECONDS = 1.0
+#: Statuses written in one pass, those that waited longest first. Orders are written at the begin of a pass: so a tenant
+#: with a thousand policies does not keep others waiting for theirs.
+MAX_STATUSES = 200
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Decision:
     released: frozenset[str]
     """UIDs of deleted policies that may go."""
     again_soon: bool
-    """Whether a status waits only for STATES_SECONDS to pass."""
+    """Whether a status waits only for STATES_SECONDS to pass, or for its turn."""
     memory: Memory
 
 
@@ -146,10 +150,9 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
     statuses: dict[str, EnergyPolicyStatus] = {}
     accounts: dict[PoolKey, Account] = {}
     ledgers: dict[PoolKey, Ledger] = {}
-    write_statuses: list[tuple[PolicyView, EnergyPolicyStatus]] = []
+    due: list[tuple[float, PolicyView, EnergyPolicyStatus, Sequence[Condition]]] = []
     written: dict[str, Written] = {}
-    tellings: list[Telling] = []
-    told, again_soon = memory.told, False
+    again_soon = False
     for policy in world.policies:
         last = memory.written.get(policy.uid)
         before = last.status if last else policy.status
@@ -173,21 +176,24 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         pause = STATES_SECONDS if urgent else NUMBERS_SECONDS
         again_soon |= urgent and since < pause
         if since >= pause and policy.status != report.status:
-            write_statuses.append((policy, report.status))
-            more, told = tell(policy, before.conditions if before else (), report.status.conditions, told, now_seconds)
-            tellings.extend(more)
-            written[policy.uid] = Written(report.status, now_seconds)
-        elif last is not None:
+            due.append((since, policy, report.status, before.conditions if before else ()))
+        if last is not None:
             written[policy.uid] = last
+    due.sort(key=lambda entry: -entry[0])
+    told, tellings = memory.told, list[Telling]()
+    for _, policy, status, conditions in due[:MAX_STATUSES]:
+        more, told = tell(policy, conditions, status.conditions, told, now_seconds)
+        tellings.extend(more)
+        written[policy.uid] = Written(status, now_seconds)
     return Decision(
         write_orders=write,
         peer_powers={node: text for node, text in powers.items() if node in write},
         delete_node_energies=delete,
         daemon_sets=daemon_sets,
         statuses=statuses,
-        write_statuses=tuple(write_statuses),
+        write_statuses=tuple((policy, status) for _, policy, status, _ in due[:MAX_STATUSES]),
         tellings=tuple(tellings),
         released=frozenset(uid for uid, release in releases.items() if release.complete),
-        again_soon=again_soon,
+        again_soon=again_soon or len(due) > MAX_STATUSES,
         memory=Memory(accounts, ledgers, written, ordered_nodes, orders.rollouts, told, powers_at),
     )

@@ -45,15 +45,26 @@ class Orders:
     """Of the Decode pools that have, or had, something to cap."""
 
 
-def metrics_url(member: Member) -> str | None:
+def hides_behind_its_node(pod: PodView, world: World) -> bool:
+    """Return whether the pod's address is its node's and its namespace may not have that asked.
+
+    Port and path are the tenant's to write. At an address that is the pod's alone they reach what he runs himself; at
+    the node's they reach every server there that trusts its node, the kubelet and other agents among them.
+    """
+    return pod.host_network and pod.namespace not in world.host_network_namespaces
+
+
+def metrics_url(member: Member, world: World) -> str | None:
     """Return where the pod serves metrics: its own address, port and path by the rules of MetricsEndpoint."""
     pod, endpoint, hint = member.pod, member.pool.metrics, member.pod.hint
-    if not serves_metrics(pod):
+    if not serves_metrics(pod) or hides_behind_its_node(pod, world):
         return None
     try:
         address = ipaddress.ip_address(pod.ip)
     except ValueError:
         return None
+    if address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified:
+        return None  # no pod's: the agent itself, or what a cloud offers its nodes
     host = f"[{address}]" if address.version == 6 else str(address)
     port = endpoint.port or hint.annotated_port or hint.named_port or hint.gpu_container_port or 8000
     return f"http://{host}:{port}{endpoint.path or hint.annotated_path or '/metrics'}"
@@ -86,8 +97,8 @@ def _verdict(member: Member, world: World, peers: frozenset[tuple[str, ...]]) ->
             where = f" with the same {keys} ({', '.join(group)})" if group else ""
             return hold(
                 Reason.NO_PREFILL_PEER,
-                f"no ready prefill pod{where}: the decode pods may be computing prompts themselves. They are capped "
-                "as soon as one is ready; requirePrefillPeer: false turns this rule off",
+                f"no ready prefill pod with a GPU{where}: the decode pods may be computing prompts themselves. They "
+                "are capped as soon as one is ready; requirePrefillPeer: false turns this rule off",
             )
     node_energy = world.node_energies.get(member.pod.node)
     report = node_energy.status if node_energy else None
@@ -118,7 +129,7 @@ class _Instance:
     """UID of the one pod whose metrics count."""
 
 
-def _instances(members: Sequence[Member], with_gpu: Sequence[Member]) -> Mapping[str, _Instance]:
+def _instances(members: Sequence[Member], with_gpu: Sequence[Member], world: World) -> Mapping[str, _Instance]:
     """Return the instances of a policy by name.
 
     One that is on one node, with all its pods, has no span. Of several pods that serve metrics the first by name
@@ -131,7 +142,9 @@ def _instances(members: Sequence[Member], with_gpu: Sequence[Member]) -> Mapping
     found: dict[str, _Instance] = {}
     for name, group in groups.items():
         nodes = sorted({member.pod.node for member in group})
-        speakers = sorted((member.pod.name, member.pod.uid) for member in group if metrics_url(member) is not None)
+        speakers = sorted(
+            (member.pod.name, member.pod.uid) for member in group if metrics_url(member, world) is not None
+        )
         whole = len(nodes) == 1 and not missing[name]
         span = None if whole else InstanceSpan(nodes=nodes[:MAX_SPAN_NODES], missing_pods=missing[name])
         if len(nodes) > MAX_SPAN_NODES:
@@ -162,7 +175,7 @@ def _released_elsewhere(world: World, member: Member, span: InstanceSpan | None)
     return None
 
 
-def _order(member: Member, verdict: Cap | Hold | None, instance: _Instance) -> Order:
+def _order(member: Member, verdict: Cap | Hold | None, instance: _Instance, world: World) -> Order:
     policy, spec = member.policy, member.spec
     # In Observe mode the cap is left out on purpose: an agent that misread the mode would still write nothing.
     cap = verdict.mhz if isinstance(verdict, Cap) and spec.mode is Mode.ENFORCE else None
@@ -185,7 +198,7 @@ def _order(member: Member, verdict: Cap | Hold | None, instance: _Instance) -> O
         hold=verdict if isinstance(verdict, Hold) else None,
         experiment=experiment,
         guardrail=spec.guardrail if member.pool.role is Role.DECODE else None,
-        metrics_url=metrics_url(member) if member.pod.uid == instance.speaker else None,
+        metrics_url=metrics_url(member, world) if member.pod.uid == instance.speaker else None,
         span=instance.span,
     )
 
@@ -206,7 +219,7 @@ def give_orders(
     for uid, members in selection.members.items():
         with_gpu = [member for member in members if member.pod.wants_gpu]
         without_gpu[uid] = tuple(member for member in members if not member.pod.wants_gpu)
-        instances = _instances(members, with_gpu)
+        instances = _instances(members, with_gpu, world)
         peers = peer_groups(members)
         verdicts: dict[str, list[Cap | Hold]] = defaultdict(list)
         for member in with_gpu:
@@ -222,7 +235,7 @@ def give_orders(
                 verdict = _released_elsewhere(world, member, instances[member.instance].span) or verdict
             if member.rivals and verdict is None:
                 verdict = _verdict(member, world, peers)  # a Prefill pool lost the dispute or won it: say so
-            by_node[member.pod.node].append((member, _order(member, verdict, instances[member.instance])))
+            by_node[member.pod.node].append((member, _order(member, verdict, instances[member.instance], world)))
     final: dict[str, tuple[Order, ...]] = {}
     for node, entries in by_node.items():
         entries.sort(key=lambda entry: (entry[0].policy.age_key, entry[0].pod.name))

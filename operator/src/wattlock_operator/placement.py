@@ -36,12 +36,16 @@ class DaemonSets:
 
 
 def placement_hash(placement: Placement) -> str:
-    """Return eight hexadecimal digits that tell placements apart; the order of tolerations does not matter."""
+    """Return sixteen hexadecimal digits that tell placements apart; the order of tolerations does not matter.
+
+    A placement is a tenant's to write. Of eight digits a laptop finds one with the hash of another tenant's in an hour,
+    and both would be one DaemonSet, placed as the newer policy says.
+    """
     canonical = placement.to_api()
     canonical["tolerations"] = sorted(
         canonical.get("tolerations", []), key=lambda entry: json.dumps(entry, sort_keys=True)
     )
-    return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:

@@ -11,11 +11,11 @@ from wattlock_api.nodeenergy import InstanceStatus, Order
 from wattlock_api.policystatus import CountedEnergy, Limiters, PoolReason, PoolStatus, PowerCap, RolloutStatus, Savings
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Account, counted_capped_joules, counted_joules
-from wattlock_operator.orders import Orders
+from wattlock_operator.orders import Orders, hides_behind_its_node
 from wattlock_operator.release import is_silent
 from wattlock_operator.reports import NodeGpu, NodeInstance, PoolReport, number
 from wattlock_operator.roofline import find_roofline
-from wattlock_operator.selection import Member, selector_text
+from wattlock_operator.selection import Member, selector_text, serves_metrics
 from wattlock_operator.tokenenergy import idle_message, joules_per_token
 from wattlock_operator.world import World
 
@@ -43,7 +43,7 @@ class PodProblem:
 def pod_problems(
     members: Sequence[Member], orders: Orders, uid: str, world: World, now_seconds: float
 ) -> dict[str, list[PodProblem]]:
-    """Return the problems of a policy's pods, by pool: no agent, a silent one, no GPU, too many orders."""
+    """Return the problems of a policy's pods, by pool: no agent, a silent one, no GPU, too many orders, no address."""
     agents = {pod.node for pod in world.agent_pods()}
     without_gpu = {member.pod.uid for member in orders.without_gpu.get(uid, ())}
     surplus = {member.pod.uid for member in orders.surplus.get(uid, ())}
@@ -79,6 +79,16 @@ def pod_problems(
                 (
                     f"the agent on node {pod.node} has not reported lately: see the logs of its pod in namespace "
                     f"{world.agent_namespace}"
+                ),
+            )
+        elif hides_behind_its_node(pod, world) and serves_metrics(pod):
+            problem = (
+                Reason.HOST_NETWORK_METRICS,
+                (
+                    f"pod {pod.name} uses its node's network, where a port may be anybody's, so its serving metrics "
+                    "are not read: power is measured, but no energy for each token, and neither guardrail nor "
+                    "ComputesPrompts watches over it. Run it in a network of its own, or have the chart's value "
+                    f"metrics.hostNetworkNamespaces name {pod.namespace}"
                 ),
             )
         if problem is not None:

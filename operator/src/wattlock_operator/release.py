@@ -4,13 +4,15 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from wattlock_api.base import parse_timestamp
-from wattlock_api.constants import FORCE_RELEASE_ANNOTATION, GpuState
+from wattlock_api.constants import FORCE_RELEASE_ANNOTATION, STUCK_RELEASE_SECONDS, GpuState
 from wattlock_api.nodeenergy import NodeEnergyStatus
 
 from wattlock_operator.world import NodeEnergyView, PolicyView, World
 
 #: An agent that has not reported for so long is taken for unreachable. Agents report at least every minute.
 SILENT_SECONDS = 180.0
+#: Of a condition's message in the contract. Names can be long; the way out must be said all the same.
+MAX_SENTENCE = 1024
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,13 @@ class Waiting:
     node: str
     why: str
     reachable: bool
+    stuck: bool = False
+    """Its agent answers and has not let go for far longer than an agent needs: it cannot, or it is none of ours."""
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether waiting alone may never end it, so that a person may give it up."""
+        return self.stuck or not self.reachable
 
 
 @dataclass(frozen=True)
@@ -28,12 +37,17 @@ class Release:
 
     waiting: tuple[Waiting, ...] = ()
     abandoned: tuple[Waiting, ...] = ()
-    """Unreachable nodes that the policy's annotation gives up on."""
+    """Nodes that the policy's annotation gives up on: hopeless ones alone."""
 
     @property
     def complete(self) -> bool:
         """Whether the policy may go."""
         return not self.waiting
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a node that answers holds it up."""
+        return any(entry.stuck for entry in self.waiting)
 
 
 def report_age_seconds(report: NodeEnergyStatus, now_seconds: float) -> float | None:
@@ -81,6 +95,14 @@ def _obstacle(node: NodeEnergyView, uid: str, has_agent: bool, was_ordered: bool
     return None
 
 
+def _is_overdue(policy: PolicyView, now_seconds: float) -> bool:
+    """Return whether the deletion was asked for so long ago that every agent at work has let go."""
+    try:
+        return now_seconds - parse_timestamp(policy.deleted_at) > STUCK_RELEASE_SECONDS
+    except ValueError:
+        return False
+
+
 def release_of(policy: PolicyView, world: World, ordered_nodes: Mapping[str, Set[str]], now_seconds: float) -> Release:
     """Return what the deletion of a policy still waits for.
 
@@ -89,6 +111,7 @@ def release_of(policy: PolicyView, world: World, ordered_nodes: Mapping[str, Set
     Nodes that no longer exist do not count: their GPUs are gone with them.
     """
     agents = {pod.node: pod for pod in world.agent_pods()}
+    overdue = _is_overdue(policy, now_seconds)
     ordered = ordered_nodes.get(policy.uid)
     waiting: list[Waiting] = []
     abandoned: list[Waiting] = []
@@ -109,23 +132,36 @@ def release_of(policy: PolicyView, world: World, ordered_nodes: Mapping[str, Set
             why += "; no agent runs there"
         elif silent:
             why += f"; its agent {agent.name} has not reported for {SILENT_SECONDS / 60:.0f} minutes"
-        entry = Waiting(name, why, reachable)
-        (abandoned if policy.force_release and not reachable else waiting).append(entry)
+        # Its orders are ours to withdraw: an agent that still has one does what it was told.
+        stuck = reachable and overdue and not any(order.policy.uid == policy.uid for order in node_energy.orders)
+        entry = Waiting(name, why, reachable, stuck)
+        (abandoned if policy.force_release and entry.hopeless else waiting).append(entry)
     return Release(tuple(waiting), tuple(abandoned))
 
 
 def release_sentence(policy: PolicyView, release: Release) -> str:
-    """Return what a deletion waits for and what to do about it."""
+    """Return what a deletion waits for and what to do about it, within the length of a condition's message."""
     if release.complete:
         return "every GPU of the policy is released"
-    shown = "; ".join(f"{entry.node} ({entry.why})" for entry in release.waiting[:4])
+    # Those first about which a person has to do something.
+    ordered = sorted(release.waiting, key=lambda entry: not entry.hopeless)
+    shown = "; ".join(f"{entry.node} ({entry.why})" for entry in ordered[:4])
     more = f" and {len(release.waiting) - 4} more" if len(release.waiting) > 4 else ""
     sentence = f"waiting for {len(release.waiting)} node(s) to release GPUs: {shown}{more}."
+    advice = ""
+    if release.stuck:
+        advice += (
+            f" An agent that answers should have let go within seconds, {STUCK_RELEASE_SECONDS // 60} minutes ago: "
+            "read its log, and ask the driver on the node (nvidia-smi -q -d CLOCK)."
+        )
     if any(not entry.reachable for entry in release.waiting):
-        sentence += (
+        advice += (
             " Bring the unreachable nodes or their agents back, or delete their Node objects if they are gone for good."
+        )
+    if any(entry.hopeless for entry in release.waiting):
+        advice += (
             f" To wait no longer: kubectl annotate energypolicy {policy.name} -n {policy.namespace} "
             f"{FORCE_RELEASE_ANNOTATION}=true. Their GPUs may then stay capped until an agent starts there again "
             "or the node reboots."
         )
-    return sentence[:1024]
+    return sentence[: MAX_SENTENCE - len(advice)] + advice

@@ -1,7 +1,7 @@
 """Which pods belong to which pool of which policy, and what serving instance they are part of."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from wattlock_api.base import LabelSelector, LabelSelectorRequirement
@@ -9,6 +9,9 @@ from wattlock_api.constants import Role
 from wattlock_api.energypolicy import EnergyPolicySpec, Pool
 
 from wattlock_operator.world import PodView, PolicyView
+
+#: Claims on one pod that are told.
+MAX_RIVALS_SHOWN = 8
 
 _LWS_NAME = "leaderworkerset.sigs.k8s.io/name"
 _LWS_GROUP = "leaderworkerset.sigs.k8s.io/group-index"
@@ -25,7 +28,7 @@ class Member:
     pod: PodView
     instance: str
     rivals: tuple[str, ...] = ()
-    """Every claim on the pod, as "namespace/policy pool NAME", when there is more than one."""
+    """The first claims on the pod, as "namespace/policy pool NAME", when there is more than one."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,17 @@ def selectable(pod: PodView) -> bool:
     return bool(pod.node) and not pod.finished
 
 
+def _rivals(claims: Sequence[tuple[PolicyView, EnergyPolicySpec, Pool]]) -> tuple[str, ...]:
+    """Return the claims on a pod for a sentence; none when there is one alone.
+
+    A thousand policies about a thousand pods are a million claims: few of each pod are kept.
+    """
+    if len(claims) < 2:
+        return ()
+    shown = [f"{policy.title} pool {pool.name}" for policy, _, pool in claims[:MAX_RIVALS_SHOWN]]
+    return (*shown, f"{len(claims) - len(shown)} more") if len(claims) > len(shown) else tuple(shown)
+
+
 def select(policies: Iterable[PolicyView], pods: Iterable[PodView]) -> Selection:
     """Return the members of all policies that are not being deleted."""
     by_namespace: dict[str, list[PolicyView]] = defaultdict(list)
@@ -128,7 +142,7 @@ def select(policies: Iterable[PolicyView], pods: Iterable[PodView]) -> Selection
         ]
         if not claims:
             continue
-        rivals = tuple(f"{policy.title} pool {pool.name}" for policy, _, pool in claims) if len(claims) > 1 else ()
+        rivals = _rivals(claims)
         first, spec, pool = claims[0]
         member = Member(first, spec, pool, pod, instance_of(pod), rivals)
         members[first.uid].append(member)
@@ -148,11 +162,15 @@ def group_of(pod: PodView, group_by: Iterable[str]) -> tuple[str, ...] | None:
 
 
 def peer_groups(members: Iterable[Member]) -> frozenset[tuple[str, ...]]:
-    """Return the groups of one policy that have a prefill pod at work: ready, not going, claimed once."""
+    """Return the groups of one policy that have a prefill pod at work: ready, with a GPU, not going, claimed once.
+
+    A pod without a GPU computes no prompts, whatever its labels say. Members are pods of the policy's own namespace,
+    so a group of the same name elsewhere is none of theirs.
+    """
     groups = (
         group_of(member.pod, member.spec.group_by)
         for member in members
         if member.pool.role is Role.PREFILL
-        if member.pod.ready and not member.pod.terminating and not member.rivals
+        if member.pod.ready and member.pod.wants_gpu and not member.pod.terminating and not member.rivals
     )
     return frozenset(group for group in groups if group is not None)

@@ -22,6 +22,9 @@ class Settings:
     agent_template: Path | None
     """WATTLOCK_AGENT_TEMPLATE: a DaemonSet manifest rendered by Helm. Absent: the operator makes no DaemonSets. A file
     that cannot be used is told by every policy's Ready condition (AgentTemplateInvalid)."""
+    host_network_namespaces: frozenset[str]
+    """WATTLOCK_HOST_NETWORK_NAMESPACES: names of namespaces, parted by commas, whose pods with the host's network are
+    asked for their serving metrics. Default: none."""
     http_port: int
     """WATTLOCK_HTTP_PORT: /metrics, /healthz and /readyz. Default 8080; 0 takes any free port."""
     identity: str
@@ -44,6 +47,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
         namespace=namespace,
         agent_namespace=environment.get("WATTLOCK_AGENT_NAMESPACE", "") or namespace,
         agent_template=Path(template) if template else None,
+        host_network_namespaces=_names(environment.get("WATTLOCK_HOST_NETWORK_NAMESPACES", "")),
         http_port=_number(environment, "WATTLOCK_HTTP_PORT", 8080, 65535),
         identity=environment.get("POD_NAME", "") or "operator",
         deployment=environment.get("WATTLOCK_DEPLOYMENT", "") or "wattlock-operator",
@@ -56,6 +60,10 @@ def _number(environment: Mapping[str, str], variable: str, default: int, highest
     if not text.isascii() or not text.isdigit() or not 0 <= int(text) <= highest:
         raise SettingsError(f"{variable} is {text!r}: write a number from 0 to {highest}, e.g. {default}")
     return int(text)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(name for part in text.split(",") if (name := part.strip()))
 
 
 def _own_namespace() -> str:

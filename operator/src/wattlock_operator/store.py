@@ -93,7 +93,12 @@ class Store:
                     del entries[key]
         self._changed()
 
-    def world(self, daemon_sets: tuple[views.DaemonSetView, ...], agent_namespace: str) -> World:
+    def world(
+        self,
+        daemon_sets: tuple[views.DaemonSetView, ...],
+        agent_namespace: str,
+        host_network_namespaces: frozenset[str] = frozenset(),
+    ) -> World:
         """Return a snapshot."""
         with self._lock:
             shown = {name: {key: entry.view for key, entry in found.items()} for name, found in self._entries.items()}
@@ -105,4 +110,5 @@ class Store:
             profiles={name: view for (_, name), view in shown[PROFILE.name].items() if view is not None},
             daemon_sets=daemon_sets,
             agent_namespace=agent_namespace,
+            host_network_namespaces=host_network_namespaces,
         )

@@ -49,6 +49,8 @@ class PolicyView:
     status: EnergyPolicyStatus | None
     problem: str = ""
     deleting: bool = False
+    deleted_at: str = ""
+    """deletionTimestamp as the API server writes it; empty when it is not being deleted."""
     finalizer: bool = False
     """Whether deletion waits for us. No GPU may be locked before it does."""
     force_release: bool = False
@@ -90,6 +92,8 @@ class PodView:
     ip: str
     wants_gpu: bool
     """Whether a container asks for a GPU, through a device plugin or a resource claim."""
+    host_network: bool = False
+    """Whether its address is its node's: there every process of the node listens, not this pod alone."""
     hint: MetricsHint = MetricsHint()
     group_size: int | None = None
     """Pods of the LeaderWorkerSet group that this one belongs to."""
@@ -152,6 +156,8 @@ class World:
     profiles: Mapping[str, ClockProfileSpec] = field(default_factory=dict)
     daemon_sets: tuple[DaemonSetView, ...] = ()
     agent_namespace: str = ""
+    host_network_namespaces: frozenset[str] = frozenset()
+    """Namespaces whose pods may be asked for metrics at their node's address."""
 
     def agent_pods(self) -> tuple[PodView, ...]:
         """Agents that are on a node and not finished."""
@@ -207,6 +213,7 @@ def parse_policy(body: Json) -> PolicyView:
         status=status,
         problem=problem,
         deleting=bool(metadata.get("deletionTimestamp")),
+        deleted_at=str(metadata.get("deletionTimestamp") or ""),
         finalizer=FINALIZER in _list(metadata.get("finalizers")),
         force_release=_mapping(metadata.get("annotations")).get(FORCE_RELEASE_ANNOTATION) == "true",
     )
@@ -226,8 +233,9 @@ def _size(text: Any) -> int | None:
 
 def _container_wants_gpu(container: Json) -> bool:
     resources = _mapping(container.get("resources"))
-    names = {*_mapping(resources.get("limits")), *_mapping(resources.get("requests"))}
-    return any(str(name).startswith("nvidia.com/") for name in names) or bool(resources.get("claims"))
+    asked = (*_mapping(resources.get("limits")).items(), *_mapping(resources.get("requests")).items())
+    some = any(str(name).startswith("nvidia.com/") and str(amount) != "0" for name, amount in asked)
+    return some or bool(resources.get("claims"))
 
 
 def _metrics_hint(metadata: Json, containers: list[Json]) -> MetricsHint:
@@ -254,6 +262,12 @@ def _metrics_hint(metadata: Json, containers: list[Json]) -> MetricsHint:
     )
 
 
+def _addresses(status: Json, whose: str) -> frozenset[str]:
+    """Return the addresses of a pod ("pod") or of its node ("host")."""
+    several = {str(entry.get("ip") or "") for entry in _items(status.get(f"{whose}IPs"))}
+    return frozenset({str(status.get(f"{whose}IP") or ""), *several} - {""})
+
+
 def parse_pod(body: Json) -> PodView:
     """Return the projection of a pod."""
     metadata, spec, status = (_mapping(body.get(part)) for part in ("metadata", "spec", "status"))
@@ -273,6 +287,7 @@ def parse_pod(body: Json) -> PodView:
         terminating=bool(metadata.get("deletionTimestamp")),
         labels={str(key): str(value) for key, value in _mapping(metadata.get("labels")).items()},
         ip=str(status.get("podIP") or ""),
+        host_network=spec.get("hostNetwork") is True or bool(_addresses(status, "pod") & _addresses(status, "host")),
         wants_gpu=any(map(_container_wants_gpu, containers)) or bool(spec.get("resourceClaims")),
         hint=_metrics_hint(metadata, containers),
         group_size=_size(_mapping(metadata.get("annotations")).get(_GROUP_SIZE)),

@@ -73,10 +73,11 @@ def test_in_observe_mode_no_order_carries_a_cap():
         ([pod("d0", DECODE), pod("p0", PREFILL, phase="Failed")], [], "NoPrefillPeer"),
         ([pod("d0", DECODE), pod("p0", PREFILL, node="")], [], "NoPrefillPeer"),
         ([pod("d0", DECODE), pod("p0", PREFILL, namespace="other")], [], "NoPrefillPeer"),
+        ([pod("d0", DECODE | {"m": "a"}), pod("p0", PREFILL | {"m": "a"}, namespace="other")], ["m"], "NoPrefillPeer"),
         ([pod("d0", DECODE | {"m": "a"}), pod("p0", PREFILL | {"m": "b"})], ["m"], "NoPrefillPeer"),
         ([pod("d0", DECODE), pod("p0", PREFILL)], ["m"], "NoPrefillPeer"),
         ([pod("d0", DECODE | {"m": "a"}), pod("p0", PREFILL | {"m": "a"})], ["m"], None),
-        ([pod("d0", DECODE), pod("p0", PREFILL, wants_gpu=False)], [], None),
+        ([pod("d0", DECODE), pod("p0", PREFILL, wants_gpu=False)], [], "NoPrefillPeer"),
         ([pod("d0", DECODE, terminating=True), pod("p0", PREFILL)], [], None),
     ],
 )
@@ -166,6 +167,11 @@ def test_a_hold_on_one_pod_holds_its_whole_instance():
         ({}, MetricsHint(), "fd00::7", "http://[fd00::7]:8000/metrics"),
         ({}, MetricsHint(), "", None),
         ({}, MetricsHint(), "metadata.internal", None),
+        ({}, MetricsHint(), "127.0.0.1", None),
+        ({}, MetricsHint(), "169.254.169.254", None),
+        ({}, MetricsHint(), "0.0.0.0", None),
+        ({}, MetricsHint(), "::1", None),
+        ({}, MetricsHint(), "224.0.0.1", None),
     ],
 )
 def test_the_metrics_address_is_the_pods_own(endpoint, hint, ip, expected):

@@ -75,6 +75,7 @@ def test_where_a_pod_says_its_metrics_are(annotations, containers, expected):
         ({"containers": [container(gpu=True)]}, True),
         ({"containers": [{"resources": {"limits": {"nvidia.com/mig-1g.10gb": "1"}}}]}, True),
         ({"containers": [{"resources": {"claims": [{"name": "gpu"}]}}]}, True),
+        ({"containers": [{"resources": {"limits": {"nvidia.com/gpu": "0"}}}]}, False),
         ({"resourceClaims": [{"name": "gpu"}]}, True),
         ({"initContainers": [container(gpu=True)]}, True),
         ({}, False),
