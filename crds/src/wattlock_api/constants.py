@@ -14,7 +14,7 @@ AGENT_FIELD_MANAGER = "wattlock-agent"
 FINALIZER = f"{GROUP}/release-gpus"
 #: On a policy: do not wait any longer for nodes that cannot answer. Value: "true".
 FORCE_RELEASE_ANNOTATION = f"{GROUP}/abandon-unreachable-nodes"
-#: On agent DaemonSets and their pods: hash of the placement that they serve.
+#: On agent DaemonSets and their pods: hash of the placement that they serve (of several the oldest policy's).
 PLACEMENT_LABEL = f"{GROUP}/placement"
 #: On a NodeEnergy, written by the operator: power of the instances whose other nodes' agents reported it, as JSON (see
 #: wattlock_api.peerpower). An annotation and not the spec, because it is news and no order: it must not make the
@@ -90,6 +90,10 @@ class Reason(StrEnum):
     NO_GPUS = "NoGPUs"
     NO_AGENT = "NoAgent"
     AGENT_SILENT = "AgentSilent"
+    PLACEMENT_INVALID = "PlacementInvalid"
+    PLACEMENT_NOT_ALLOWED = "PlacementNotAllowed"
+    TOO_MANY_PLACEMENTS = "TooManyPlacements"
+    PLACEMENT_OVERLAP = "PlacementOverlap"
     # decided by the agent
     STALE_ORDERS = "StaleOrders"
     COMPUTES_PROMPTS = "ComputesPrompts"

@@ -19,6 +19,7 @@ from wattlock_operator.selection import (
     select,
     serves_metrics,
 )
+from wattlock_operator.sharing import Refusal, refusals
 from wattlock_operator.world import PodView, World
 
 #: Bound of the list in the CustomResourceDefinition.
@@ -38,6 +39,8 @@ class Orders:
     """By policy UID: members that ask for no GPU; there is nothing to order for them."""
     surplus: Mapping[str, tuple[Member, ...]]
     """By policy UID: members beyond what fits into a node's list."""
+    refused: Mapping[str, Refusal]
+    """By policy UID: why there are no orders for a policy at all."""
 
 
 def metrics_url(member: Member) -> str | None:
@@ -192,10 +195,13 @@ def _reference(pod: PodView) -> ObjectRef:
 def give_orders(world: World) -> Orders:
     """Return the orders for all nodes."""
     selection = select(world.policies, world.pods)
+    refused = refusals(world.policies, world.allowed_placements)
     by_node: dict[str, list[tuple[Member, Order]]] = defaultdict(list)
     without_gpu: dict[str, tuple[Member, ...]] = {}
     surplus: dict[str, list[Member]] = defaultdict(list)
     for uid, members in selection.members.items():
+        if uid in refused:
+            continue
         with_gpu = [member for member in members if member.pod.wants_gpu]
         without_gpu[uid] = tuple(member for member in members if not member.pod.wants_gpu)
         instances = _instances(members, with_gpu)
@@ -224,4 +230,5 @@ def give_orders(world: World) -> Orders:
         selection=selection,
         without_gpu=without_gpu,
         surplus={uid: tuple(found) for uid, found in surplus.items()},
+        refused=refused,
     )

@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+from wattlock_api.energypolicy import Placement
+
+from wattlock_operator.sharing import placement_problem
+
 _SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_PLACEMENTS = TypeAdapter(tuple[Placement, ...])
 
 
 class SettingsError(ValueError):
@@ -22,6 +28,9 @@ class Settings:
     agent_template: Path | None
     """WATTLOCK_AGENT_TEMPLATE: a DaemonSet manifest rendered by Helm. Absent: the operator makes no DaemonSets. A file
     that cannot be used is told by every policy's Ready condition (AgentTemplateInvalid)."""
+    allowed_placements: tuple[Placement, ...]
+    """WATTLOCK_ALLOWED_PLACEMENTS: a JSON list of objects as in spec.placement of a policy, with the same defaults. A
+    policy may write one of them, or one that goes less far. Default: an empty list, any placement."""
     http_port: int
     """WATTLOCK_HTTP_PORT: /metrics, /healthz and /readyz. Default 8080; 0 takes any free port."""
     identity: str
@@ -44,6 +53,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
         namespace=namespace,
         agent_namespace=environment.get("WATTLOCK_AGENT_NAMESPACE", "") or namespace,
         agent_template=Path(template) if template else None,
+        allowed_placements=_placements(environment, "WATTLOCK_ALLOWED_PLACEMENTS"),
         http_port=_number(environment, "WATTLOCK_HTTP_PORT", 8080, 65535),
         identity=environment.get("POD_NAME", "") or "operator",
         deployment=environment.get("WATTLOCK_DEPLOYMENT", "") or "wattlock-operator",
@@ -56,6 +66,21 @@ def _number(environment: Mapping[str, str], variable: str, default: int, highest
     if not text.isascii() or not text.isdigit() or not 0 <= int(text) <= highest:
         raise SettingsError(f"{variable} is {text!r}: write a number from 0 to {highest}, e.g. {default}")
     return int(text)
+
+
+def _placements(environment: Mapping[str, str], variable: str) -> tuple[Placement, ...]:
+    try:
+        found = _PLACEMENTS.validate_json(environment.get(variable, "") or "[]")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise SettingsError(
+            f"{variable} is unusable ({'.'.join(map(str, first['loc']))}: {first['msg']}): write a JSON list such as "
+            '[{"nodeSelector": {"nvidia.com/gpu.present": "true"}, "runtimeClassName": "nvidia"}]'
+        ) from None
+    problems = [problem for placement in found if (problem := placement_problem(placement))]
+    if problems:
+        raise SettingsError(f"{variable} is unusable: {problems[0]}")
+    return found
 
 
 def _own_namespace() -> str:

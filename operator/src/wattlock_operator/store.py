@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wattlock_api.energypolicy import Placement
+
 from wattlock_operator import world as views
 from wattlock_operator.world import World
 
@@ -93,7 +95,12 @@ class Store:
                     del entries[key]
         self._changed()
 
-    def world(self, daemon_sets: tuple[views.DaemonSetView, ...], agent_namespace: str) -> World:
+    def world(
+        self,
+        daemon_sets: tuple[views.DaemonSetView, ...],
+        agent_namespace: str,
+        allowed_placements: tuple[Placement, ...] = (),
+    ) -> World:
         """Return a snapshot."""
         with self._lock:
             shown = {name: {key: entry.view for key, entry in found.items()} for name, found in self._entries.items()}
@@ -105,4 +112,5 @@ class Store:
             profiles={name: view for (_, name), view in shown[PROFILE.name].items() if view is not None},
             daemon_sets=daemon_sets,
             agent_namespace=agent_namespace,
+            allowed_placements=allowed_placements,
         )

@@ -19,7 +19,7 @@ from wattlock_api.constants import (
     PEER_POWER_ANNOTATION,
     PLACEMENT_LABEL,
 )
-from wattlock_api.energypolicy import EnergyPolicySpec
+from wattlock_api.energypolicy import EnergyPolicySpec, Placement
 from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
 from wattlock_api.policystatus import EnergyPolicyStatus
 
@@ -152,6 +152,8 @@ class World:
     profiles: Mapping[str, ClockProfileSpec] = field(default_factory=dict)
     daemon_sets: tuple[DaemonSetView, ...] = ()
     agent_namespace: str = ""
+    allowed_placements: tuple[Placement, ...] = ()
+    """How far the administrator lets placements go; none means any."""
 
     def agent_pods(self) -> tuple[PodView, ...]:
         """Agents that are on a node and not finished."""
