@@ -109,8 +109,10 @@ class LabelSelector(ApiModel):
 
 
 class Toleration(ApiModel):
-    """A pod toleration, as in a pod's spec, but without tolerationSeconds: a DaemonSet's pod that leaves after a while
-    is started again at once."""
+    """A pod toleration, as in a pod's spec.
+
+    There is no tolerationSeconds: a DaemonSet's pod that leaves after a while is started again at once.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={

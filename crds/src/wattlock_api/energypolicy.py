@@ -16,9 +16,8 @@ from wattlock_api.base import (
 )
 from wattlock_api.constants import Architecture, Mode, Role
 
-
 #: What a RuntimeClass may be called.
-RUNTIME_CLASS = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+RUNTIME_CLASS = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 
 
 class Clock(ApiModel):
@@ -159,9 +158,12 @@ class Guardrail(ApiModel):
 
 
 class Placement(ApiModel):
-    """Where Wattlock's node agents run. Policies whose placements could select the same node, by its labels, share
-    their agents: these run wherever one of the policies asks for them, and may write where one of them enforces. The
-    administrator may limit what can be written here (agent.allowedPlacements of the Helm chart)."""
+    """Where Wattlock's node agents run.
+
+    Policies whose placements could select the same node, by its labels, share their agents: these run wherever one of
+    the policies asks for them, and may write where one of them enforces. The administrator may limit what can be
+    written here (agent.allowedPlacements of the Helm chart).
+    """
 
     node_selector: Annotated[
         dict[str, Annotated[str, Field(max_length=63)]],
@@ -172,7 +174,7 @@ class Placement(ApiModel):
                     cel(
                         f"self.all(key, key.matches('{LABEL_KEY}') && "
                         f"(self[key] == '' || self[key].matches('{LABEL_VALUE}')))",
-                        "write labels as nodes have them, e.g. nvidia.com/gpu.present: \"true\"",
+                        'write labels as nodes have them, e.g. nvidia.com/gpu.present: "true"',
                     )
                 ]
             },

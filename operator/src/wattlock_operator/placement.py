@@ -190,7 +190,5 @@ def plan_daemon_sets(world: World, template: Mapping[str, Any], releasing: Itera
             if entry.placement not in wanted and locking[entry.placement] <= alive
         )
     )
-    overruled = {
-        policy.uid: overruled_sentence(shared) for shared in wanted.values() for policy in shared.overruled
-    }
+    overruled = {policy.uid: overruled_sentence(shared) for shared in wanted.values() for policy in shared.overruled}
     return DaemonSets(tuple(apply), delete, overruled)

@@ -160,9 +160,7 @@ class Reconciler:
             now_seconds = time.time()
             template = read_template(self._settings)
             daemon_sets = read_daemon_sets(self._kube, self._settings.agent_namespace) if template is not None else ()
-            world = self.store.world(
-                daemon_sets, self._settings.agent_namespace, self._settings.allowed_placements
-            )
+            world = self.store.world(daemon_sets, self._settings.agent_namespace, self._settings.allowed_placements)
             decision = decide(world, template, self._memory, now_seconds)
             self._metrics.show(
                 ((policy, decision.statuses[policy.uid]) for policy in world.policies), leading=self.leading

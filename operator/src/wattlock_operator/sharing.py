@@ -39,10 +39,10 @@ class Shared:
     placements: tuple[Placement, ...]
     """The one of the oldest policy first: it names the DaemonSet."""
     mode: Mode
-    runtime_class_name: str | None
-    decided_by: str
+    runtime_class_name: str | None = None
+    decided_by: str = ""
     """Title of the policy whose RuntimeClass that is."""
-    overruled: tuple[PolicyView, ...]
+    overruled: tuple[PolicyView, ...] = ()
     """Policies that wrote another RuntimeClass, or none."""
 
     @property
@@ -119,11 +119,11 @@ def _toleration_problem(toleration: Toleration) -> str | None:
     if not toleration.key and toleration.operator != "Exists":
         return "a toleration without a key must have operator: Exists"
     if toleration.key and not _is_label_key(toleration.key):
-        return f"{toleration.key!r} in tolerations is no taint key: write one as nvidia.com/gpu"
+        return f"{toleration.key[:80]!r} in tolerations is no taint key: write one as nvidia.com/gpu"
     if toleration.value and toleration.operator == "Exists":
         return "a toleration with operator: Exists must have no value"
     if toleration.value and not _LABEL_NAME.fullmatch(toleration.value):
-        return f"{toleration.value!r} in tolerations is no taint value: write letters, digits, '-', '_' or '.'"
+        return f"{toleration.value[:80]!r} in tolerations is no taint value: write letters, digits, '-', '_' or '.'"
     return None
 
 
@@ -134,15 +134,15 @@ def placement_problem(placement: Placement) -> str | None:
     """
     for key, value in placement.node_selector.items():
         if not _is_label_key(key):
-            return f"{key!r} in nodeSelector is no label key: write one as nvidia.com/gpu.present"
+            return f"{key[:80]!r} in nodeSelector is no label key: write one as nvidia.com/gpu.present"
         if value and not _LABEL_NAME.fullmatch(value):
-            return f"{value!r} in nodeSelector is no label value: write letters, digits, '-', '_' or '.'"
+            return f"{value[:80]!r} in nodeSelector is no label value: write letters, digits, '-', '_' or '.'"
     for toleration in placement.tolerations:
         if problem := _toleration_problem(toleration):
             return problem
     name = placement.runtime_class_name
     if name is not None and not _SUBDOMAIN.fullmatch(name):
-        return f"{name!r} is no name of a RuntimeClass: write one that 'kubectl get runtimeclasses' shows, or leave it out"
+        return f"{name[:80]!r} is no name of a RuntimeClass: write one of 'kubectl get runtimeclasses', or leave it out"
     return None
 
 
@@ -152,14 +152,16 @@ def _as_written(placement: Placement) -> str:
 
 def _refusal(placement: Placement, allowed: Sequence[Placement]) -> Refusal | None:
     if problem := placement_problem(placement):
-        return Refusal(Reason.PLACEMENT_INVALID, f"spec.placement cannot be used, so nothing is done: {problem}")
+        return Refusal(
+            Reason.PLACEMENT_INVALID, f"nothing is done, because spec.placement cannot be used: {problem}"[:1024]
+        )
     if allowed and not any(is_within(placement, limit) for limit in allowed):
         listed = " or ".join(map(_as_written, allowed[:3])) + (" or others" if len(allowed) > 3 else "")
         return Refusal(
             Reason.PLACEMENT_NOT_ALLOWED,
-            "spec.placement goes further than the administrator of the cluster allows, so nothing is done. Write "
-            f"(more labels and fewer tolerations are fine): {listed}; or have it added to agent.allowedPlacements of "
-            "the Helm release",
+            "nothing is done, because spec.placement goes further than the cluster's administrator allows "
+            "(agent.allowedPlacements of the Helm release): write one of these, or more labels and fewer tolerations: "
+            f"{listed}"[:1024],
         )
     return None
 
@@ -193,9 +195,9 @@ def refusals(policies: Iterable[PolicyView], allowed: Sequence[Placement]) -> di
         if placed not in kept:
             refused[uid] = Refusal(
                 Reason.TOO_MANY_PLACEMENTS,
-                f"the policies of this cluster have more than {MAX_PLACEMENTS} different placements, and others go "
-                "first (the first placement of each namespace, the oldest policies before younger ones), so nothing "
-                "is done: write the same spec.placement as another policy, best the one of your namespace's oldest",
+                f"nothing is done, because the policies of this cluster have more than {MAX_PLACEMENTS} different "
+                "placements and others go first (the first placement of each namespace, older policies before younger "
+                "ones): write the same spec.placement as another policy, best that of your namespace's oldest",
             )
     return refused
 
@@ -255,7 +257,9 @@ def share(policies: Iterable[PolicyView]) -> tuple[Shared, ...]:
 
 def overruled_sentence(shared: Shared) -> str:
     """Return what a policy is told whose RuntimeClass is not used."""
-    used = f"runtimeClassName {shared.runtime_class_name}" if shared.runtime_class_name else "the nodes' default runtime"
+    used = (
+        f"runtimeClassName {shared.runtime_class_name}" if shared.runtime_class_name else "the nodes' default runtime"
+    )
     return (
         f"the agents run with {used}, as {shared.decided_by} writes it: its spec.placement and the one here can select "
         "the same nodes, where one agent serves both (policies that enforce go first, then the default placement, then "
