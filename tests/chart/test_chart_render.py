@@ -1,10 +1,13 @@
 """What the chart renders, over a matrix of values."""
 
 import pytest
+import yaml
 from rendered import agent_template, environment, kinds, named, pods, strings
 from wattlock_api.constants import Mode
 from wattlock_api.energypolicy import Placement
 from wattlock_operator.placement import daemon_set
+from wattlock_operator.settings import from_environment
+from wattlock_operator.sharing import Shared
 
 pytestmark = [pytest.mark.chart]
 
@@ -367,21 +370,34 @@ def agent_name(sets: tuple[str, ...]) -> str:
 
 
 def test_the_operator_makes_its_daemonset_of_the_template(helm):
-    made = daemon_set(agent_template(helm.render()), Placement(), Mode.ENFORCE, "wattlock-system")
+    made = daemon_set(agent_template(helm.render()), Shared((Placement(),), Mode.ENFORCE), "wattlock-system")
     pod = made["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert environment(container)["WATTLOCK_MODE"] == "Enforce"
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["SYS_ADMIN"]}
     assert "nodeAffinity" in pod["affinity"]
     assert made["spec"]["selector"]["matchLabels"].items() <= made["spec"]["template"]["metadata"]["labels"].items()
-    observing = daemon_set(agent_template(helm.render()), Placement(), Mode.OBSERVE, "wattlock-system")
+    observing = daemon_set(agent_template(helm.render()), Shared((Placement(),), Mode.OBSERVE), "wattlock-system")
     (container,) = observing["spec"]["template"]["spec"]["containers"]
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_the_administrators_limits_reach_the_operator_and_not_the_release_hook(helm):
+    limit = "agent.allowedPlacements[0]."
+    found = helm.render(limit + "runtimeClassName=nvidia", limit + "nodeSelector.gpu=h200")
+    (container,) = named(found, "Deployment", "wattlock-operator")["spec"]["template"]["spec"]["containers"]
+    limits = from_environment(environment(container) | {"WATTLOCK_NAMESPACE": "w"}).allowed_placements
+    assert limits == (Placement(runtime_class_name="nvidia", node_selector={"gpu": "h200"}),)
+    # the hook must release everything also where they cannot be used
+    assert yaml.safe_dump_all(found).count("WATTLOCK_ALLOWED_PLACEMENTS") == 1
+    assert "WATTLOCK_ALLOWED_PLACEMENTS" not in yaml.safe_dump_all(helm.render())
+
+
 @pytest.mark.parametrize("mode", Mode)
 def test_an_agent_is_confined_in_every_mode(helm, mode):
-    pod = daemon_set(agent_template(helm.render()), Placement(), mode, "wattlock-system")["spec"]["template"]["spec"]
+    pod = daemon_set(agent_template(helm.render()), Shared((Placement(),), mode), "wattlock-system")["spec"][
+        "template"
+    ]["spec"]
     assert pod["securityContext"] == {"runAsUser": 0, "runAsGroup": 0, "seccompProfile": {"type": "RuntimeDefault"}}
     assert {pod["hostNetwork"], pod["hostPID"], pod["hostIPC"]} == {False}
     (container,) = pod["containers"]

@@ -30,6 +30,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "name for an address": ("networkPolicy.apiServer.cidrs={api/24}", ("'/networkPolicy/apiServer/cidrs/0'",)),
     "peer without a selector": ("networkPolicy.metricsFrom={monitoring}", ("'/networkPolicy/metricsFrom/0'",)),
     "hook without time": ("hooks.preDelete.timeoutSeconds=5", ("/hooks/preDelete/timeoutSeconds", "want 60")),
+    "placement with a misspelt field": ("agent.allowedPlacements[0].nodeselector.a=b", ("'nodeselector' not allowed",)),
+    "placement that tolerates for a while": (
+        "agent.allowedPlacements[0].tolerations[0].tolerationSeconds=1",
+        ("'tolerationSeconds' not allowed",),
+    ),
     "toleration in lower case": ("simulator.tolerations[0].operator=exists", ("'Exists', 'Equal'",)),
 }
 

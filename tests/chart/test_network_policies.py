@@ -7,6 +7,7 @@ import yaml
 from wattlock_api.constants import Mode
 from wattlock_api.energypolicy import Placement
 from wattlock_operator.placement import daemon_set
+from wattlock_operator.sharing import Shared
 
 pytestmark = [pytest.mark.chart]
 
@@ -31,7 +32,7 @@ def our_pods(objects: list[dict[str, Any]]) -> dict[str, tuple[str, dict[str, st
     """Return namespace, labels and first container of each pod that talks to the API server, by component."""
     (template,) = [o for o in objects if o["metadata"]["name"] == "wattlock-agent-template"]
     agents = daemon_set(
-        yaml.safe_load(template["data"]["agent-daemonset.yaml"]), Placement(), Mode.ENFORCE, "gpu-agents"
+        yaml.safe_load(template["data"]["agent-daemonset.yaml"]), Shared((Placement(),), Mode.ENFORCE), "gpu-agents"
     )
     found = {}
     for o in [*objects, agents]:

@@ -67,6 +67,14 @@ CASES: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "price as a number": (("spec", "cost"), {"pricePerKWh": 0.25}, 'must be of type string: "number"'),
     "pue below one": (("spec", "cost"), {"pue": "0.8"}, "spec.cost.pue in body should match"),
     "too many group keys": (("spec", "groupBy"), ["a", "b", "c", "d", "e"], "spec.groupBy: Too many: 5: must have at most 4 items"),
+    "node label without a name": (("spec", "placement"), {"nodeSelector": {"example.com/": "a"}}, 'write labels as nodes have them, e.g. nvidia.com/gpu.present: "true"'),
+    "node label with a space": (("spec", "placement"), {"nodeSelector": {"a": "b c"}}, "write labels as nodes have them"),
+    "toleration of no key": (("spec", "placement"), {"tolerations": [{"value": "a"}]}, "write the key of a taint, e.g. nvidia.com/gpu; without one the operator must be Exists"),
+    "toleration that exists with a value": (("spec", "placement"), {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}, "operator Exists compares no value: remove value, or write operator: Equal"),
+    "toleration with a bad key": (("spec", "placement"), {"tolerations": [{"key": "a b", "operator": "Exists"}]}, "key must be the key of a taint, e.g. nvidia.com/gpu"),
+    "toleration with a bad value": (("spec", "placement"), {"tolerations": [{"key": "a", "value": "b c"}]}, "value must be the value of a taint"),
+    "toleration for a while": (("spec", "placement"), {"tolerations": [{"key": "a", "operator": "Exists", "tolerationSeconds": 1}]}, 'unknown field "spec.placement.tolerations[0].tolerationSeconds"'),
+    "runtime class with capitals": (("spec", "placement"), {"runtimeClassName": "NVIDIA"}, "write the name of a RuntimeClass, as kubectl get runtimeclasses shows it, e.g. nvidia"),
     "toleration in lower case": (("spec", "placement"), {"tolerations": [{"key": "x", "operator": "exists"}]}, 'Unsupported value: "exists": supported values: "Exists", "Equal"'),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 {{/*
-The DaemonSet from which the operator makes one for each placement that the policies ask for. It is complete, so that
-it can be read and checked by itself; what it has to leave to the operator is listed in its first comment.
+The DaemonSet from which the operator makes those that the policies ask for: one for all placements that could select the
+same node. It is complete, so that it can be read and checked by itself; what it has to leave to the operator is listed in
+its first comment.
 */}}
 {{- define "wattlock.agentDaemonSet" -}}
 {{- $hostPath := or .Values.simulator.enabled (eq .Values.agent.driver.mode "hostPath") -}}
@@ -8,12 +9,14 @@ it can be read and checked by itself; what it has to leave to the operator is li
 {{- if .Values.simulator.enabled -}}
 {{- $driver = dict "path" .Values.simulator.directory "mountPath" .Values.simulator.directory "libraryPath" .Values.simulator.directory -}}
 {{- end -}}
-# The operator fills in, for each placement:
-#   metadata.name                  wattlock-agent- and a hash of the placement
+# The operator fills in, for all placements that could select the same node together:
+#   metadata.name                  wattlock-agent- and a hash of the placement, of several the oldest policy's
 #   label wattlock.dev/placement   on the DaemonSet, on its pods and in the selector, which it replaces
-#   nodeSelector, tolerations and runtimeClassName, from the placement
-#   podAntiAffinity                one agent on a node, also where placements overlap
-#   WATTLOCK_MODE                  Observe, or Enforce when a policy of the placement enforces
+#   nodeSelector, nodeAffinity     nodes that one of the placements selects
+#   tolerations                    of all the placements
+#   runtimeClassName               of one of them
+#   podAntiAffinity                no agent where one of another DaemonSet has not gone yet
+#   WATTLOCK_MODE                  Observe, or Enforce when one of the policies enforces
 #   capability SYS_ADMIN           only with Enforce: the driver asks for it before it sets a clock
 apiVersion: apps/v1
 kind: DaemonSet

@@ -83,6 +83,11 @@ Sentence = Annotated[str, Field(max_length=1024)]
 ReasonName = Annotated[str, Field(max_length=64)]
 
 
+#: A label or taint key, without the bounds of its length, and a value that is not empty.
+LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+LABEL_VALUE = r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+
+
 class LabelSelectorRequirement(ApiModel):
     """One expression of a label selector."""
 
@@ -104,7 +109,33 @@ class LabelSelector(ApiModel):
 
 
 class Toleration(ApiModel):
-    """A pod toleration, as in a pod's spec."""
+    """A pod toleration, as in a pod's spec.
+
+    There is no tolerationSeconds: a DaemonSet's pod that leaves after a while is started again at once.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                cel(
+                    "(has(self.key) && self.key != '') || (has(self.operator) && self.operator == 'Exists')",
+                    "write the key of a taint, e.g. nvidia.com/gpu; without one the operator must be Exists",
+                ),
+                cel(
+                    "!has(self.operator) || self.operator != 'Exists' || !has(self.value) || self.value == ''",
+                    "operator Exists compares no value: remove value, or write operator: Equal",
+                ),
+                cel(
+                    f"!has(self.key) || self.key == '' || self.key.matches('{LABEL_KEY}')",
+                    "key must be the key of a taint, e.g. nvidia.com/gpu",
+                ),
+                cel(
+                    f"!has(self.value) || self.value == '' || self.value.matches('{LABEL_VALUE}')",
+                    "value must be the value of a taint: letters and digits, and '-', '_' or '.' between them",
+                ),
+            ]
+        }
+    )
 
     key: Annotated[str, Field(max_length=316)] | None = None
     """Taint key; empty with operator Exists tolerates every taint."""
@@ -114,8 +145,6 @@ class Toleration(ApiModel):
     """Taint value to tolerate."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Taint effect to tolerate; empty means all."""
-    toleration_seconds: int | None = None
-    """For NoExecute: how long to stay, in seconds."""
 
 
 class Condition(ApiModel):

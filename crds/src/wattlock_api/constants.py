@@ -15,7 +15,7 @@ FINALIZER = f"{GROUP}/release-gpus"
 #: On a policy that is being deleted: do not wait any longer for nodes that cannot answer, nor for one whose agent
 #: answers and still claims locks after STUCK_RELEASE_SECONDS. Value: "true".
 FORCE_RELEASE_ANNOTATION = f"{GROUP}/abandon-unreachable-nodes"
-#: On agent DaemonSets and their pods: hash of the placement that they serve.
+#: On agent DaemonSets and their pods: hash of the placement that they serve (of several the oldest policy's).
 PLACEMENT_LABEL = f"{GROUP}/placement"
 #: On a NodeEnergy, written by the operator: power of the instances whose other nodes' agents reported it, as JSON (see
 #: wattlock_api.peerpower). An annotation and not the spec, because it is news and no order: it must not make the
@@ -96,6 +96,10 @@ class Reason(StrEnum):
     NO_GPUS = "NoGPUs"
     NO_AGENT = "NoAgent"
     AGENT_SILENT = "AgentSilent"
+    PLACEMENT_INVALID = "PlacementInvalid"
+    PLACEMENT_NOT_ALLOWED = "PlacementNotAllowed"
+    TOO_MANY_PLACEMENTS = "TooManyPlacements"
+    PLACEMENT_OVERLAP = "PlacementOverlap"
     # decided by the agent
     STALE_ORDERS = "StaleOrders"
     COMPUTES_PROMPTS = "ComputesPrompts"

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from wattlock_api.base import (
+    LABEL_KEY,
+    LABEL_VALUE,
     ApiModel,
     LabelSelector,
     Name,
@@ -13,6 +15,9 @@ from wattlock_api.base import (
     cel,
 )
 from wattlock_api.constants import Architecture, Mode, Role
+
+#: What a RuntimeClass may be called.
+RUNTIME_CLASS = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 
 
 class Clock(ApiModel):
@@ -204,19 +209,54 @@ class Rollout(ApiModel):
 
 
 class Placement(ApiModel):
-    """Where Wattlock's node agents run. Policies with the same placement share their agents."""
+    """Where Wattlock's node agents run.
 
-    node_selector: Annotated[dict[str, Annotated[str, Field(max_length=63)]], Field(max_length=16)] = {
-        "nvidia.com/gpu.present": "true"
-    }
+    Policies whose placements could select the same node, by its labels, share their agents: these run wherever one of
+    the policies asks for them, and may write where one of them enforces. The administrator may limit what can be
+    written here (agent.allowedPlacements of the Helm chart).
+    """
+
+    node_selector: Annotated[
+        dict[str, Annotated[str, Field(max_length=63)]],
+        Field(
+            max_length=16,
+            json_schema_extra={
+                "x-kubernetes-validations": [
+                    cel(
+                        f"self.all(key, key.matches('{LABEL_KEY}') && "
+                        f"(self[key] == '' || self[key].matches('{LABEL_VALUE}')))",
+                        'write labels as nodes have them, e.g. nvidia.com/gpu.present: "true"',
+                    )
+                ]
+            },
+        ),
+    ] = {"nvidia.com/gpu.present": "true"}
     """Labels of the GPU nodes. The default is the label that NVIDIA's GPU feature discovery sets."""
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = [
         Toleration(key="nvidia.com/gpu", operator="Exists", effect="NoSchedule")
     ]
     """Taints of the GPU nodes that agents tolerate."""
-    runtime_class_name: Annotated[str, Field(max_length=253)] | None = None
+    runtime_class_name: (
+        Annotated[
+            str,
+            Field(
+                max_length=253,
+                json_schema_extra={
+                    "x-kubernetes-validations": [
+                        cel(
+                            f"self.matches('{RUNTIME_CLASS}')",
+                            "write the name of a RuntimeClass, as kubectl get runtimeclasses shows it, e.g. nvidia",
+                        )
+                    ]
+                },
+            ),
+        ]
+        | None
+    ) = None
     """RuntimeClass that brings NVIDIA's driver library into the agent's container, usually nvidia.
-    Absent: the nodes' default runtime."""
+    Absent: the nodes' default runtime. Of policies that share agents one decides: one that enforces
+    before the others, then one with the default placement, then the oldest; the others are told
+    (condition Conflict, reason PlacementOverlap)."""
 
 
 class Cost(ApiModel):

@@ -14,6 +14,7 @@ from wattlock_api.policystatus import PoolStatus, RolloutStatus, Savings
 from wattlock_operator.release import Release, release_sentence
 from wattlock_operator.reports import PoolReport
 from wattlock_operator.selection import Member
+from wattlock_operator.sharing import Refusal
 from wattlock_operator.world import PolicyView
 
 
@@ -31,6 +32,10 @@ class Facts:
     release: Release | None = None
     """Present while the policy is being deleted."""
     template_problem: str = ""
+    refusal: Refusal | None = None
+    """Present when nothing is done for the policy because of its placement."""
+    overruled: str = ""
+    """A sentence when the agents run with the RuntimeClass of another policy."""
     young: bool = False
     """The policy is so new that its agents may still be starting."""
 
@@ -85,6 +90,8 @@ def _ready(facts: Facts) -> Finding:
         return Finding(kind, False, reason, release_sentence(policy, facts.release))
     if policy.spec is None:
         return Finding(kind, False, "InvalidSpec", f"this operator does not understand the policy ({policy.problem})")
+    if facts.refusal is not None:
+        return Finding(kind, False, facts.refusal.reason.value, facts.refusal.message)
     if facts.template_problem:
         return Finding(kind, False, "AgentTemplateInvalid", facts.template_problem)
     if facts.disputes:
@@ -125,6 +132,8 @@ def _enforced(facts: Facts) -> Finding:
         return Finding(
             kind, False, Reason.OBSERVE_MODE.value, "mode is Observe: write mode: Enforce to cap the Decode pools"
         )
+    if facts.refusal is not None:
+        return Finding(kind, False, facts.refusal.reason.value, facts.refusal.message)
     decode = [pool for pool in facts.pools if pool.role is Role.DECODE]
     capped = sum(pool.capped for pool in decode)
     gpus = sum(pool.gpus for pool in decode)
@@ -225,6 +234,8 @@ def _conflict(facts: Facts) -> Finding:
         return Finding(ConditionType.CONFLICT, True, Reason.POLICY_CONFLICT.value, _dispute_sentence(facts))
     if (found := _reason_in(facts.pools, (Reason.OTHER_WRITER,))) is not None:
         return Finding(ConditionType.CONFLICT, True, *found)
+    if facts.overruled:
+        return Finding(ConditionType.CONFLICT, True, Reason.PLACEMENT_OVERLAP.value, facts.overruled)
     return Finding(ConditionType.CONFLICT, False, "NoConflict", "every selected pod belongs to one pool")
 
 

@@ -166,6 +166,7 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
             before,
             releases.get(policy.uid),
             template_problem,
+            daemon_sets.overruled.get(policy.uid, ""),
             now_seconds,
         )
         accounts.update(report.accounts)

@@ -22,6 +22,7 @@ from wattlock_operator.selection import (
     select,
     serves_metrics,
 )
+from wattlock_operator.sharing import Refusal, refusals
 from wattlock_operator.world import PodView, World
 
 #: Bound of the list in the CustomResourceDefinition.
@@ -43,6 +44,8 @@ class Orders:
     """By policy UID: members beyond what fits into a node's list."""
     rollouts: Mapping[PoolKey, RolloutStatus] = field(default_factory=dict)
     """Of the Decode pools that have, or had, something to cap."""
+    refused: Mapping[str, Refusal]
+    """By policy UID: why there are no orders for a policy at all."""
 
 
 def hides_behind_its_node(pod: PodView, world: World) -> bool:
@@ -212,11 +215,14 @@ def give_orders(
 ) -> Orders:
     """Return the orders for all nodes. ``rollouts`` are the states of before; ``now_seconds`` since 1970."""
     selection = select(world.policies, world.pods)
+    refused = refusals(world.policies, world.allowed_placements)
     by_node: dict[str, list[tuple[Member, Order]]] = defaultdict(list)
     without_gpu: dict[str, tuple[Member, ...]] = {}
     surplus: dict[str, list[Member]] = defaultdict(list)
     kept_rollouts: dict[PoolKey, RolloutStatus] = {}
     for uid, members in selection.members.items():
+        if uid in refused:
+            continue
         with_gpu = [member for member in members if member.pod.wants_gpu]
         without_gpu[uid] = tuple(member for member in members if not member.pod.wants_gpu)
         instances = _instances(members, with_gpu, world)
@@ -249,4 +255,5 @@ def give_orders(
         without_gpu=without_gpu,
         surplus={uid: tuple(found) for uid, found in surplus.items()},
         rollouts=kept_rollouts,
+        refused=refused,
     )

@@ -1,16 +1,16 @@
-"""Agent DaemonSets: one for each distinct placement of the policies, built from the chart's template."""
+"""Agent DaemonSets: one for all placements that could select the same node, built from the chart's template."""
 
 import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wattlock_api.constants import AGENT_COMPONENT, COMPONENT_LABEL, PLACEMENT_LABEL, Mode
-from wattlock_api.energypolicy import Placement
 
 from wattlock_operator.release import locked_uuids
+from wattlock_operator.sharing import Shared, overruled_sentence, placement_hash, refusals, share
 from wattlock_operator.world import World
 
 Manifest = dict[str, Any]
@@ -33,19 +33,8 @@ class DaemonSets:
     apply: tuple[Manifest, ...] = ()
     delete: tuple[str, ...] = ()
     """Names."""
-
-
-def placement_hash(placement: Placement) -> str:
-    """Return sixteen hexadecimal digits that tell placements apart; the order of tolerations does not matter.
-
-    A placement is a tenant's to write. Of eight digits a laptop finds one with the hash of another tenant's in an hour,
-    and both would be one DaemonSet, placed as the newer policy says.
-    """
-    canonical = placement.to_api()
-    canonical["tolerations"] = sorted(
-        canonical.get("tolerations", []), key=lambda entry: json.dumps(entry, sort_keys=True)
-    )
-    return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:16]
+    overruled: Mapping[str, str] = field(default_factory=dict)
+    """By policy UID: a sentence for those whose agents run with the RuntimeClass of another policy."""
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
@@ -69,8 +58,30 @@ def _agent_container(pod_spec: Manifest) -> Manifest:
     raise TemplateError(f"the agent template has no container named {AGENT_CONTAINER}")
 
 
+def _where(pod_spec: Manifest, selectors: Iterable[Mapping[str, str]]) -> None:
+    """Let the agents run on the nodes that fit one of the selectors, and the template's own terms."""
+    whole = [{**(pod_spec.get("nodeSelector") or {}), **selector} for selector in selectors]
+    common = {key: value for key, value in whole[0].items() if all(each.get(key) == value for each in whole)}
+    pod_spec["nodeSelector"] = common
+    rests = [{key: value for key, value in each.items() if key not in common} for each in whole]
+    if not all(rests):
+        return  # one of them asks for no more than they have in common
+    required = _section(pod_spec, "affinity", "nodeAffinity", "requiredDuringSchedulingIgnoredDuringExecution")
+    required["nodeSelectorTerms"] = [
+        {
+            **term,
+            "matchExpressions": [
+                *(term.get("matchExpressions") or []),
+                *({"key": key, "operator": "In", "values": [value]} for key, value in sorted(rest.items())),
+            ],
+        }
+        for rest in rests
+        for term in required.get("nodeSelectorTerms") or [{}]
+    ]
+
+
 def _one_agent_per_node(pod_spec: Manifest) -> None:
-    """Keep the agents of overlapping placements apart: two on one node would fight over its GPUs."""
+    """Keep an agent off a node that one of another DaemonSet has not left yet: two would fight over its GPUs."""
     required = _section(pod_spec, "affinity", "podAntiAffinity").setdefault(
         "requiredDuringSchedulingIgnoredDuringExecution", []
     )
@@ -82,8 +93,8 @@ def _one_agent_per_node(pod_spec: Manifest) -> None:
     )
 
 
-def daemon_set(template: Mapping[str, Any], placement: Placement, mode: Mode, namespace: str) -> Manifest:
-    """Return the DaemonSet of a placement.
+def daemon_set(template: Mapping[str, Any], shared: Shared, namespace: str) -> Manifest:
+    """Return the DaemonSet of placements that share one.
 
     The template brings image, probes, mounts and resources; this sets what depends on the policies: name, labels,
     where it runs, WATTLOCK_MODE, and capabilities: none, but SYS_ADMIN where a policy enforces.
@@ -94,7 +105,7 @@ def daemon_set(template: Mapping[str, Any], placement: Placement, mode: Mode, na
     if template.get("kind") != "DaemonSet":
         raise TemplateError(f"the agent template is a {template.get('kind')!r}, expected a DaemonSet")
     manifest: Manifest = copy.deepcopy(dict(template))
-    placed = placement_hash(placement)
+    placed = placement_hash(shared.placements[0])
     identity = {NAME_LABEL: "wattlock", COMPONENT_LABEL: AGENT_COMPONENT, PLACEMENT_LABEL: placed}
     manifest["apiVersion"] = "apps/v1"
     metadata = _section(manifest, "metadata")
@@ -107,19 +118,19 @@ def daemon_set(template: Mapping[str, Any], placement: Placement, mode: Mode, na
     pod_metadata = _section(manifest, "spec", "template", "metadata")
     pod_metadata["labels"] = {**(pod_metadata.get("labels") or {}), **identity}
     pod_spec = _section(manifest, "spec", "template", "spec")
-    pod_spec["nodeSelector"] = {**(pod_spec.get("nodeSelector") or {}), **placement.node_selector}
+    _where(pod_spec, shared.node_selectors)
     pod_spec["tolerations"] = [
         *(pod_spec.get("tolerations") or []),
-        *(toleration.to_api() for toleration in placement.tolerations),
+        *(toleration.to_api() for toleration in shared.tolerations),
     ]
-    if placement.runtime_class_name is not None:
-        pod_spec["runtimeClassName"] = placement.runtime_class_name
+    if shared.runtime_class_name is not None:
+        pod_spec["runtimeClassName"] = shared.runtime_class_name
     _one_agent_per_node(pod_spec)
     container = _agent_container(pod_spec)
     kept = [entry for entry in container.get("env") or [] if entry.get("name") != "WATTLOCK_MODE"]
-    container["env"] = [*kept, {"name": "WATTLOCK_MODE", "value": mode.value}]
+    container["env"] = [*kept, {"name": "WATTLOCK_MODE", "value": shared.mode.value}]
     capabilities: dict[str, list[str]] = {"drop": ["ALL"]}
-    if mode is Mode.ENFORCE:
+    if shared.mode is Mode.ENFORCE:
         capabilities["add"] = ["SYS_ADMIN"]
     _section(container, "securityContext")["capabilities"] = capabilities
     _section(metadata, "annotations")[FINGERPRINT_ANNOTATION] = fingerprint(manifest)
@@ -127,7 +138,7 @@ def daemon_set(template: Mapping[str, Any], placement: Placement, mode: Mode, na
 
 
 def _lock_owners(world: World, placed: str) -> set[str]:
-    """Return the UIDs of the policies whose locks the agents of a placement report."""
+    """Return the UIDs of the policies whose locks the agents of a DaemonSet report."""
     owners: set[str] = set()
     for pod in world.agent_pods():
         node_energy = world.node_energies.get(pod.node)
@@ -147,23 +158,26 @@ def plan_daemon_sets(world: World, template: Mapping[str, Any], releasing: Itera
         TemplateError: see daemon_set.
     """
     waiting = set(releasing)
-    wanted: dict[str, tuple[Placement, Mode]] = {}
-    for policy in sorted(world.policies, key=lambda policy: policy.age_key):
-        if policy.spec is None or (policy.deleting and policy.uid not in waiting):
-            continue
-        placed = placement_hash(policy.spec.placement)
-        enforce = policy.spec.mode is Mode.ENFORCE or wanted.get(placed, (None, Mode.OBSERVE))[1] is Mode.ENFORCE
-        wanted[placed] = (policy.spec.placement, Mode.ENFORCE if enforce else Mode.OBSERVE)
+    refused = refusals(world.policies, world.allowed_placements)
+    wanted = {
+        placement_hash(shared.placements[0]): shared
+        for shared in share(
+            policy
+            for policy in world.policies
+            if policy.uid not in refused and (not policy.deleting or policy.uid in waiting)
+        )
+    }
     locking = {placed: _lock_owners(world, placed) for placed in {entry.placement for entry in world.daemon_sets}}
     # Locks of a policy that lives on elsewhere do not keep a DaemonSet: its agents release them as they stop.
     alive = {policy.uid for policy in world.policies if policy.spec is not None and not policy.deleting}
     existing = {entry.placement: entry for entry in world.daemon_sets}
     apply: list[Manifest] = []
-    for placed, (placement, mode) in sorted(wanted.items()):
+    for placed, shared in sorted(wanted.items()):
         present = existing.get(placed)
-        if mode is Mode.OBSERVE and locking.get(placed):
-            mode = Mode.ENFORCE  # its agents, or killed ones before them, left a lock that has to be undone
-        manifest = daemon_set(template, placement, mode, world.agent_namespace)
+        if locking.get(placed):
+            # Its agents, or killed ones before them, left a lock that has to be undone.
+            shared = replace(shared, mode=Mode.ENFORCE)
+        manifest = daemon_set(template, shared, world.agent_namespace)
         if present is None or present.fingerprint != manifest["metadata"]["annotations"][FINGERPRINT_ANNOTATION]:
             apply.append(manifest)
     unclear = any(policy.spec is None for policy in world.policies)
@@ -176,4 +190,5 @@ def plan_daemon_sets(world: World, template: Mapping[str, Any], releasing: Itera
             if entry.placement not in wanted and locking[entry.placement] <= alive
         )
     )
-    return DaemonSets(tuple(apply), delete)
+    overruled = {policy.uid: overruled_sentence(shared) for shared in wanted.values() for policy in shared.overruled}
+    return DaemonSets(tuple(apply), delete, overruled)

@@ -43,15 +43,18 @@ class PodProblem:
 def pod_problems(
     members: Sequence[Member], orders: Orders, uid: str, world: World, now_seconds: float
 ) -> dict[str, list[PodProblem]]:
-    """Return the problems of a policy's pods, by pool: no agent, a silent one, no GPU, too many orders, no address."""
+    """Return the problems of a policy's pods, by pool: refused, no agent, a silent one, no GPU, no address ..."""
     agents = {pod.node for pod in world.agent_pods()}
     without_gpu = {member.pod.uid for member in orders.without_gpu.get(uid, ())}
     surplus = {member.pod.uid for member in orders.surplus.get(uid, ())}
     found: dict[str, list[PodProblem]] = {}
     for member in members:
         pod, problem = member.pod, None
+        refused = orders.refused.get(uid)
         report = node.status if (node := world.node_energies.get(pod.node)) else None
-        if pod.uid in without_gpu:
+        if refused is not None:
+            problem = (refused.reason, refused.message)
+        elif pod.uid in without_gpu:
             problem = (
                 Reason.NO_GPUS,
                 (

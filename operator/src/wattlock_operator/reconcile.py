@@ -161,7 +161,10 @@ class Reconciler:
             template = read_template(self._settings)
             daemon_sets = read_daemon_sets(self._kube, self._settings.agent_namespace) if template is not None else ()
             world = self.store.world(
-                daemon_sets, self._settings.agent_namespace, self._settings.host_network_namespaces
+                daemon_sets,
+                self._settings.agent_namespace,
+                self._settings.host_network_namespaces,
+                self._settings.allowed_placements,
             )
             decision = decide(world, template, self._memory, now_seconds)
             self._metrics.show(

@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+from wattlock_api.energypolicy import Placement
+
+from wattlock_operator.sharing import placement_problem
+
 _SERVICE_ACCOUNT_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_PLACEMENTS = TypeAdapter(tuple[Placement, ...])
 
 
 class SettingsError(ValueError):
@@ -25,6 +31,9 @@ class Settings:
     host_network_namespaces: frozenset[str]
     """WATTLOCK_HOST_NETWORK_NAMESPACES: names of namespaces, parted by commas, whose pods with the host's network are
     asked for their serving metrics. Default: none."""
+    allowed_placements: tuple[Placement, ...]
+    """WATTLOCK_ALLOWED_PLACEMENTS: a JSON list of objects as in spec.placement of a policy, with the same defaults. A
+    policy may write one of them, or one that goes less far. Default: an empty list, any placement."""
     http_port: int
     """WATTLOCK_HTTP_PORT: /metrics, /healthz and /readyz. Default 8080; 0 takes any free port."""
     identity: str
@@ -48,6 +57,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
         agent_namespace=environment.get("WATTLOCK_AGENT_NAMESPACE", "") or namespace,
         agent_template=Path(template) if template else None,
         host_network_namespaces=_names(environment.get("WATTLOCK_HOST_NETWORK_NAMESPACES", "")),
+        allowed_placements=_placements(environment, "WATTLOCK_ALLOWED_PLACEMENTS"),
         http_port=_number(environment, "WATTLOCK_HTTP_PORT", 8080, 65535),
         identity=environment.get("POD_NAME", "") or "operator",
         deployment=environment.get("WATTLOCK_DEPLOYMENT", "") or "wattlock-operator",
@@ -64,6 +74,21 @@ def _number(environment: Mapping[str, str], variable: str, default: int, highest
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(name for part in text.split(",") if (name := part.strip()))
+
+
+def _placements(environment: Mapping[str, str], variable: str) -> tuple[Placement, ...]:
+    try:
+        found = _PLACEMENTS.validate_json(environment.get(variable, "") or "[]")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise SettingsError(
+            f"{variable} is unusable ({'.'.join(map(str, first['loc']))}: {first['msg']}): write a JSON list such as "
+            '[{"nodeSelector": {"nvidia.com/gpu.present": "true"}, "runtimeClassName": "nvidia"}]'
+        ) from None
+    problems = [problem for placement in found if (problem := placement_problem(placement))]
+    if problems:
+        raise SettingsError(f"{variable} is unusable: {problems[0]}")
+    return found
 
 
 def _own_namespace() -> str:

@@ -144,6 +144,7 @@ def report_policy(
     before: EnergyPolicyStatus | None,
     release: Release | None,
     template_problem: str,
+    overruled: str,
     now_seconds: float,
 ) -> PolicyReport:
     """Return the status of a policy. ``before`` is the last one: its times and sums go on."""
@@ -185,6 +186,8 @@ def report_policy(
         lagging_nodes=lagging_nodes(world, orders, policy.uid),
         release=release,
         template_problem=template_problem,
+        refusal=orders.refused.get(policy.uid),
+        overruled=overruled,
         young=_is_young(policy, now_seconds),
     )
     times = [report.measured_at for report in pool_reports if report.measured_at]

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wattlock_api.energypolicy import Placement
+
 from wattlock_operator import world as views
 from wattlock_operator.world import World
 
@@ -98,6 +100,7 @@ class Store:
         daemon_sets: tuple[views.DaemonSetView, ...],
         agent_namespace: str,
         host_network_namespaces: frozenset[str] = frozenset(),
+        allowed_placements: tuple[Placement, ...] = (),
     ) -> World:
         """Return a snapshot."""
         with self._lock:
@@ -111,4 +114,5 @@ class Store:
             daemon_sets=daemon_sets,
             agent_namespace=agent_namespace,
             host_network_namespaces=host_network_namespaces,
+            allowed_placements=allowed_placements,
         )

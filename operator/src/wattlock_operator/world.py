@@ -19,7 +19,7 @@ from wattlock_api.constants import (
     PEER_POWER_ANNOTATION,
     PLACEMENT_LABEL,
 )
-from wattlock_api.energypolicy import EnergyPolicySpec
+from wattlock_api.energypolicy import EnergyPolicySpec, Placement
 from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
 from wattlock_api.policystatus import EnergyPolicyStatus
 
@@ -158,6 +158,8 @@ class World:
     agent_namespace: str = ""
     host_network_namespaces: frozenset[str] = frozenset()
     """Namespaces whose pods may be asked for metrics at their node's address."""
+    allowed_placements: tuple[Placement, ...] = ()
+    """How far the administrator lets placements go; none means any."""
 
     def agent_pods(self) -> tuple[PodView, ...]:
         """Agents that are on a node and not finished."""

@@ -7,7 +7,8 @@ import pytest
 from operator_worlds import GPU_NODE, agent_pod, gpu, node_energy, policy, world
 from wattlock_api.constants import PLACEMENT_LABEL, Mode
 from wattlock_api.energypolicy import Placement, Toleration
-from wattlock_operator.placement import TemplateError, daemon_set, placement_hash, plan_daemon_sets
+from wattlock_operator.placement import TemplateError, daemon_set, plan_daemon_sets
+from wattlock_operator.sharing import placement_hash, share
 from wattlock_operator.world import DaemonSetView
 
 TEMPLATE: dict[str, Any] = {
@@ -35,11 +36,16 @@ def existing(placed: str = HASH, fingerprint: str = "") -> DaemonSetView:
     return DaemonSetView(f"wattlock-agent-{placed}", placed, fingerprint)
 
 
+def made_of(placement: Placement, mode: Mode = Mode.OBSERVE, template: Any = TEMPLATE) -> dict[str, Any]:
+    (shared,) = share([policy(spec={"mode": mode, "placement": placement})])
+    return daemon_set(template, shared, "wattlock")
+
+
 def test_the_template_gets_name_place_mode_and_the_one_capability():
     placement = Placement(
         node_selector={"pool": "h200"}, tolerations=[Toleration(key="gpu")], runtime_class_name="nvidia"
     )
-    made = daemon_set(TEMPLATE, placement, Mode.ENFORCE, "wattlock")
+    made = made_of(placement, Mode.ENFORCE)
     placed = placement_hash(placement)
     assert made["metadata"]["name"] == f"wattlock-agent-{placed}"
     assert made["metadata"]["namespace"] == "wattlock"
@@ -58,11 +64,12 @@ def test_the_template_gets_name_place_mode_and_the_one_capability():
     assert agent["env"] == [{"name": "A", "value": "b"}, {"name": "WATTLOCK_MODE", "value": "Enforce"}]
     assert agent["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["SYS_ADMIN"]}
     assert spec["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert "nodeAffinity" not in spec["affinity"]
     assert "affinity" not in TEMPLATE["spec"]["template"]["spec"], "the template itself must stay as it is"
 
 
 def test_observing_agents_have_no_capability():
-    agent = daemon_set(TEMPLATE, Placement(), Mode.OBSERVE, "wattlock")["spec"]["template"]["spec"]["containers"][0]
+    agent = made_of(Placement())["spec"]["template"]["spec"]["containers"][0]
     assert agent["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
@@ -72,7 +79,7 @@ def test_observing_agents_have_no_capability():
 )
 def test_a_template_that_is_none_is_refused_with_a_sentence(template):
     with pytest.raises(TemplateError, match="agent template"):
-        daemon_set(template, Placement(), Mode.OBSERVE, "wattlock")
+        made_of(Placement(), template=template)
 
 
 def test_the_order_of_tolerations_does_not_make_a_placement():

@@ -362,6 +362,7 @@ def test_a_lease_is_taken_only_when_it_is_ours_free_or_expired(lease, expected):
 def test_settings_have_defaults():
     settings = from_environment({"WATTLOCK_NAMESPACE": "wattlock"})
     assert (settings.agent_namespace, settings.http_port, settings.agent_template) == ("wattlock", 8080, None)
+    assert settings.allowed_placements == ()
 
 
 @pytest.mark.parametrize(
@@ -370,6 +371,9 @@ def test_settings_have_defaults():
         ({}, "WATTLOCK_NAMESPACE"),
         ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_HTTP_PORT": "70000"}, "WATTLOCK_HTTP_PORT"),
         ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_HTTP_PORT": "http"}, "WATTLOCK_HTTP_PORT"),
+        ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_ALLOWED_PLACEMENTS": "nvidia"}, "WATTLOCK_ALLOWED_PLACEMENTS.*write"),
+        ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_ALLOWED_PLACEMENTS": '[{"nodeSelector": 1}]'}, "0.nodeSelector"),
+        ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_ALLOWED_PLACEMENTS": '[{"tolerations": [{}]}]'}, "operator: Exists"),
         ({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_RELEASE_TIMEOUT_SECONDS": "1h"}, "WATTLOCK_RELEASE_TIMEOUT_SECONDS"),
     ],
 )
