@@ -40,6 +40,13 @@ class Mode(StrEnum):
     ENFORCE = "Enforce"
 
 
+class ConflictPolicy(StrEnum):
+    """What to do about GPUs whose clock or power another program sets as well."""
+
+    SKIP = "Skip"
+    COEXIST = "Coexist"
+
+
 class Role(StrEnum):
     """What the pods of a pool do in disaggregated serving."""
 
@@ -86,6 +93,7 @@ class Reason(StrEnum):
     PROFILE_NOT_FOUND = "ProfileNotFound"
     PRODUCT_UNKNOWN = "ProductUnknown"
     POLICY_CONFLICT = "PolicyConflict"
+    OTHER_CONTROLLER = "OtherController"
     NO_MATCHING_PODS = "NoMatchingPods"
     NO_GPUS = "NoGPUs"
     NO_AGENT = "NoAgent"
@@ -105,11 +113,14 @@ class Reason(StrEnum):
     HOLDER_CHANGED = "HolderChanged"
     KUBELET_UNREACHABLE = "KubeletUnreachable"
     OTHER_WRITER = "OtherWriter"
+    CONTESTED = "Contested"
+    FOREIGN_LOCK = "ForeignLock"
     GPU_LOST = "GPULost"
     NVML_ERROR = "NVMLError"
     NVML_NOT_FOUND = "NVMLNotFound"
     JOURNAL_UNWRITABLE = "JournalUnwritable"
     JOURNAL_DAMAGED = "JournalDamaged"
+    SECOND_AGENT = "SecondAgent"
     AGENT_STOPPING = "AgentStopping"
     # about measurements
     NO_ENERGY_COUNTER = "NoEnergyCounter"
