@@ -91,7 +91,7 @@ def writer_of(labels: Mapping[str, str], images: Iterable[str], commands: Iterab
     for known in _KNOWN:
         labelled = known.label is not None and labels.get(known.label[0]) == known.label[1]
         started = known.command is not None and any(known.command.search(text) for text in texts)
-        if labelled or started or known.image in names:
+        if labelled or started or (known.image and known.image in names):
             return known.name
     return ""
 
