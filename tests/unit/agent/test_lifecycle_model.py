@@ -385,10 +385,12 @@ class Lifecycle(RuleBasedStateMachine):
     def settle(self) -> None:
         """All faults end; then everything is as it should be."""
         self.faults_end_now()
-        self.policy_generation += 1  # what a person does about a conflict or a refusal
         for uuid in UUIDS:
             if self.hardware.locks.get(uuid) == FOREIGN:
                 self.hardware.reset_by_a_person(uuid)
+        for _ in range(20):  # a lock that was undone a moment ago is missed, perhaps for the third time
+            self.second(1.0)
+        self.policy_generation += 1  # what a person does about a conflict or a refusal
         self.publish()
         for _ in range(SETTLE_SECONDS):
             self.second(1.0)
