@@ -23,6 +23,7 @@ CASES: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "empty pools": (("spec", "pools"), [], "spec.pools in body should have at least 1 items"),
     "too many pools": (("spec", "pools"), TOO_MANY_POOLS, "spec.pools: Too many: 17: must have at most 16 items"),
     "mode in lower case": (("spec", "mode"), "enforce", 'spec.mode: Unsupported value: "enforce": supported values: "Observe", "Enforce"'),
+    "unknown conflict policy": (("spec", "conflictPolicy"), "Fight", 'spec.conflictPolicy: Unsupported value: "Fight": supported values: "Skip", "Coexist"'),
     "unknown role": ((*DECODE, "role"), "Decoder", 'Unsupported value: "Decoder": supported values: "Decode", "Prefill", "Mixed"'),
     "no role": ((*DECODE, "role"), DELETE, "spec.pools[0].role: Required value"),
     "no selector": ((*DECODE, "selector"), DELETE, "spec.pools[0].selector: Required value"),
@@ -106,6 +107,7 @@ def test_a_short_policy_gets_the_documented_defaults(kubectl, namespace, good_po
     spec = here.get("epol", "qwen")["spec"]
     assert spec["mode"] == "Observe"
     assert spec["requirePrefillPeer"] is True
+    assert spec["conflictPolicy"] == "Skip"
     assert spec["verification"] == {"method": "Switchback", "controlShare": 0.1, "epochSeconds": 60}
     assert spec["guardrail"] == {"maxThroughputLossPercent": 2, "cooldownSeconds": 600}
     assert spec["placement"]["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
@@ -116,6 +118,9 @@ def test_explain_reads_like_documentation(kubectl, crds):
     assert "How far the SM clock of a Decode pool is capped: write exactly one of the" in clock
     assert "maxSMClockMHz\t<integer>" in clock
     assert "Upper bound of the SM clock in MHz while the pool decodes, e.g. 1590." in clock
+    conflict = " ".join(kubectl.run("explain", "energypolicy.spec.conflictPolicy").stdout.split())
+    assert "ENUM: Skip Coexist" in conflict or "Skip, Coexist" in conflict
+    assert "Coexist caps them all the same: a lock of the other is overwritten (not restored afterwards)" in conflict
 
 
 def test_every_field_is_described(kubectl, crds):

@@ -16,6 +16,7 @@ from wattlock_agent.agent import Agent
 from wattlock_agent.clock import Clock
 from wattlock_agent.driver_session import DriverSession
 from wattlock_agent.events import HoldersSeen
+from wattlock_agent.foreign import AFTER_RELEASE_SECONDS
 from wattlock_agent.gpu.base import DriverInfo, GpuError, GpuFault, GpuIdentity, GpuReading, LimiterNanoseconds
 from wattlock_agent.holders.base import Holders, PodName
 from wattlock_agent.journal import LockRecord
@@ -87,6 +88,9 @@ class Hardware:
         self.host, self.uuids, self._directory = host, uuids, directory
         self.locks: dict[str, tuple[int, int]] = {}
         self.ours: set[str] = set()
+        self.stood_before: set[str] = set()
+        """GPUs that a person has locked while we had neither a lock on them nor a record, nor just released one."""
+        self.reset_at_seconds: dict[str, float] = {}
         self.loaded_at_seconds = host.now_seconds
         self.faults: dict[str, GpuFault] = {}
         self.wanted_by: Callable[[str, int], str] = lambda uuid, cap_mhz: ""
@@ -95,6 +99,7 @@ class Hardware:
     def reload(self) -> None:
         self.locks.clear()
         self.ours.clear()
+        self.stood_before.clear()
         self.loaded_at_seconds = self.host.now_seconds
 
     def recorded(self) -> dict[str, LockRecord]:
@@ -112,11 +117,26 @@ class Hardware:
         assert not against, f"{uuid} is locked although {against}"
         self.locks[uuid] = cap
         self.ours.add(uuid)
+        self.stood_before.discard(uuid)
+
+    def lock_by_a_person(self, uuid: str) -> None:
+        self.locks[uuid] = FOREIGN
+        self.ours.discard(uuid)
+        long_ago = self.host.now_seconds - self.reset_at_seconds.get(uuid, 0.0) > AFTER_RELEASE_SECONDS
+        if long_ago and uuid not in self.recorded():
+            self.stood_before.add(uuid)
+
+    def reset_by_a_person(self, uuid: str) -> None:
+        self.locks.pop(uuid, None)
+        self.ours.discard(uuid)
+        self.stood_before.discard(uuid)
 
     def reset(self, uuid: str) -> None:
         assert uuid in self.recorded(), f"{uuid} is reset without a record on the disk"
         self.locks.pop(uuid, None)
         self.ours.discard(uuid)
+        self.stood_before.discard(uuid)
+        self.reset_at_seconds[uuid] = self.host.now_seconds
 
 
 class Driver:

@@ -13,6 +13,7 @@ from wattlock_api.base import timestamp
 from wattlock_api.constants import GpuState, Reason
 from wattlock_api.nodeenergy import Order
 
+from wattlock_agent.foreign import AFTER_RELEASE_SECONDS
 from wattlock_agent.gpu.base import GpuError, GpuFault, GpuIdentity
 from wattlock_agent.journal import Journal, JournalError, LockRecord
 from wattlock_agent.plan import (
@@ -25,6 +26,7 @@ from wattlock_agent.plan import (
     Refusal,
     Release,
 )
+from wattlock_agent.verify import CONTESTED_SECONDS
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +59,10 @@ class _Held:
     lock: AppliedLock | None = None
     low_mhz: int = 0
     written_at_seconds: float = float("-inf")
+    released_at_seconds: float = float("-inf")
     refused: Refusal | None = None
     conflict: Refusal | None = None
+    contested: str = ""
     about: Fingerprint | None = None
     transient: int = 0
     lock_not_before_seconds: float = 0.0
@@ -120,6 +124,13 @@ class Actuator:
         held = self._held.get(uuid)
         return None if held is None or held.lock is None else now_seconds - held.written_at_seconds
 
+    def may_be_ours(self, uuid: str, now_seconds: float) -> bool:
+        """Return whether a lock of ours is, may be or was a moment ago on the GPU."""
+        held = self._held.get(uuid)
+        return uuid in self.records() or (
+            held is not None and now_seconds - held.released_at_seconds < AFTER_RELEASE_SECONDS
+        )
+
     def view(self, identity: GpuIdentity, fault: Refusal | None) -> GpuView:
         """Return the GPU as the plan needs it."""
         held = self._held.setdefault(identity.uuid, _Held())
@@ -131,6 +142,7 @@ class Actuator:
             fault=fault,
             refused=held.refused,
             conflict=held.conflict,
+            contested=held.contested,
             lock_not_before_seconds=held.lock_not_before_seconds,
             release_not_before_seconds=held.release_not_before_seconds,
             release_problem=held.release_problem,
@@ -142,6 +154,7 @@ class Actuator:
         for held in self._held.values():
             if held.about is not None and held.about not in current:
                 held.about = held.refused = held.conflict = None
+                held.contested = ""
                 held.transient = 0
 
     def driver_reopened(self) -> None:
@@ -162,6 +175,17 @@ class Actuator:
         held.lock = None
         held.about = fingerprint(order)
         held.conflict = Refusal(GpuState.CONFLICT, Reason.OTHER_WRITER, message)
+
+    def contest(self, uuid: str, order: Order, message: str) -> None:
+        """Go on locking a GPU that another writer also sets, seldom, until ``uncontest`` or a change of the order."""
+        held = self._held.setdefault(uuid, _Held())
+        held.about = fingerprint(order)
+        held.contested = message
+
+    def uncontest(self, uuid: str) -> None:
+        """The other writer has been quiet for long enough."""
+        held = self._held.setdefault(uuid, _Held())
+        held.contested = ""
 
     def apply(self, decisions: Mapping[str, Decision], now_seconds: float, unix_seconds: float) -> bool:
         """Carry out the actions: first all releases, then the locks, GPUs of one instance after each other.
@@ -214,7 +238,10 @@ class Actuator:
             return
         uuid = decision.uuid
         held = self._held.setdefault(uuid, _Held())
-        held.lock_not_before_seconds = now_seconds + MIN_LOCK_INTERVAL_SECONDS
+        # Whatever the lock is for, after a loss or after a control epoch: two programs must not beat one GPU.
+        held.lock_not_before_seconds = now_seconds + (
+            CONTESTED_SECONDS if held.contested else MIN_LOCK_INTERVAL_SECONDS
+        )
         known = uuid in self.records()
         record = LockRecord(
             gpu_uuid=uuid,
@@ -281,6 +308,7 @@ class Actuator:
         held.lock = None
         held.release_problem = ""
         held.undone = True
+        held.released_at_seconds = now_seconds
         held.writes += 1
         _log.info("gpu=%s released reason=%s %s", uuid, decision.reason, decision.message)
         self._forget(uuid, now_seconds)

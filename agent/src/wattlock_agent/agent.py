@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from wattlock_api.base import decimal_string
-from wattlock_api.constants import GpuState, Mode, Reason
+from wattlock_api.constants import ConflictPolicy, GpuState, Mode, Reason
 from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
 
 from wattlock_agent import kube
@@ -20,6 +20,7 @@ from wattlock_agent.clock import Clock
 from wattlock_agent.clocks import step_mhz
 from wattlock_agent.driver_session import MAX_TRANSIENT, Scan
 from wattlock_agent.events import Event, HoldersSeen, ScrapeDone, ThreadFailed
+from wattlock_agent.foreign import ForeignLocks
 from wattlock_agent.gpu.base import GpuFault
 from wattlock_agent.holding import Holdings, last_words
 from wattlock_agent.instance import InstanceTrack
@@ -27,8 +28,8 @@ from wattlock_agent.journal import Journal, JournalError, LockRecord
 from wattlock_agent.orders import InstanceKey, Orders, key_of
 from wattlock_agent.plan import Decision, GpuView, Lock, Refusal, World, orders_without_gpu, plan
 from wattlock_agent.staleness import Freshness, api_answered, lease_read, why_stale
-from wattlock_agent.track import GpuTrack
-from wattlock_agent.verify import Finding, backoff_seconds
+from wattlock_agent.track import GpuTrack, busy_percent
+from wattlock_agent.verify import LOSSES_SECONDS, Finding, LockWatch, backoff_seconds
 
 _log = logging.getLogger(__name__)
 
@@ -112,6 +113,10 @@ class Agent:
         self._journal_damage = ""
         self._parted: dict[InstanceKey, Parted] = {}
         self._holdings = Holdings()
+        self._foreign = ForeignLocks()
+        self._journal_known = False
+        """Whether the journal has been read: before that any lock may be one of ours."""
+        self._other_agent = ""
         self._scan = Scan(0, None)
         self._scanned_at_seconds = float("-inf")
         self._silent: dict[str, int] = defaultdict(int)
@@ -152,10 +157,15 @@ class Agent:
             raise RuntimeError(f"a thread of the agent failed: {event.error!r}") from event.error
         return False
 
-    def open_journal(self, journal: Journal, damage: str = "") -> None:
-        """Use the real journal from now on. ``damage``: what of it could not be read, for people."""
+    def open_journal(self, journal: Journal, damage: str = "", other_agent: str = "") -> None:
+        """Use the real journal from now on.
+
+        ``damage``: what of it could not be read. ``other_agent``: that another agent has it. Both for people.
+        """
         self.actuator = Actuator(self._gpus, journal, self._boot_id)
         self._journal_damage = damage
+        self._other_agent = other_agent
+        self._journal_known = not isinstance(journal, NoJournal)
         self.actuator.drop_records_of_other_boots()
 
     def holders_wanted(self, clock: Clock) -> bool:
@@ -273,7 +283,7 @@ class Agent:
             stale=why_stale(self._freshness, now_seconds),
             holders=self._holders.holders if holders_age_seconds <= HOLDERS_MAX_AGE_SECONDS else None,
             holders_problem=self._holders.problem,
-            gpus=tuple(self._view(gpu.uuid) for gpu in self._scan.gpus),
+            gpus=tuple(self._view(gpu.uuid, now_seconds) for gpu in self._scan.gpus),
             holds={
                 key: hold
                 for key, instance in self.instances.items()
@@ -281,6 +291,7 @@ class Agent:
             },
             journal_problem=self.actuator.journal_problem(now_seconds),
             journal_damage=self._journal_damage,
+            other_agent=self._other_agent,
             pending=now_seconds - self._started_seconds < START_SECONDS
             and (
                 self._orders is None
@@ -290,7 +301,7 @@ class Agent:
             stopping=self.stopping,
         )
 
-    def _view(self, uuid: str) -> GpuView:
+    def _view(self, uuid: str, now_seconds: float) -> GpuView:
         identity = next(gpu for gpu in self._scan.gpus if gpu.uuid == uuid)
         error = self._scan.faults.get(uuid)
         fault: Refusal | None = None
@@ -298,7 +309,11 @@ class Agent:
             fault = Refusal(GpuState.LOST, Reason.GPU_LOST, str(error))
         elif error is not None and self._silent[uuid] >= MAX_TRANSIENT:
             fault = Refusal(GpuState.LOST, Reason.NVML_ERROR, str(error))
-        return self.actuator.view(identity, fault)
+        return replace(
+            self.actuator.view(identity, fault),
+            foreign_mhz=self._foreign.found_mhz(uuid),
+            suspected_until_seconds=self._foreign.suspected_until_seconds(uuid, now_seconds),
+        )
 
     def _read(self, clock: Clock) -> None:
         scan = self._gpus.scan(clock.now_seconds)
@@ -344,7 +359,11 @@ class Agent:
         reading = self._scan.readings[uuid]
         if uuid not in self.tracks:
             self._holdings.follow(reading, decision.order if decision else None, self.previous_gpu(uuid))
-        view = self._view(uuid)
+        view = self._view(uuid, clock.now_seconds)
+        ours = not self._journal_known or self.actuator.may_be_ours(uuid, clock.now_seconds)
+        found_mhz = self._foreign.add(view.identity, reading, busy_percent(reading), ours)
+        if found_mhz is not None:
+            _log.warning("gpu=%s sits at %d MHz under load: a lock that is not ours seems to stand", uuid, found_mhz)
         age_seconds = self.actuator.lock_age_seconds(uuid, clock.now_seconds)
         cap_mhz = view.lock.cap_mhz if view.lock else None
         step = step_mhz(view.identity.supported_clocks_mhz, cap_mhz) if cap_mhz is not None else 1
@@ -358,12 +377,27 @@ class Agent:
             _log.warning("gpu=%s runs above %s MHz under load: lock lost, again in %.0f s", uuid, cap_mhz, wait_seconds)
             self.actuator.lock_lost(uuid, clock.now_seconds + wait_seconds)
         elif read.finding is Finding.CONFLICT and decision is not None and decision.order is not None:
-            message = (
-                f"ran above {cap_mhz} MHz under load three times within ten minutes although locked: another program "
-                "sets its clock (nvidia-smi -lgc or -rgc, DCGM?). Stop that one, then change the policy to try again"
-            )
-            _log.error("gpu=%s %s", uuid, message)
-            self.actuator.give_up(uuid, decision.order, message)
+            self._contend(uuid, decision.order, cap_mhz, track, clock)
+        elif view.contested and clock.now_seconds - max(track.watch.losses, default=0.0) >= LOSSES_SECONDS:
+            _log.info("gpu=%s no lock was lost for ten minutes: no longer contested", uuid)
+            self.actuator.uncontest(uuid)
+
+    def _contend(self, uuid: str, order: Order, cap_mhz: int | None, track: GpuTrack, clock: Clock) -> None:
+        """Leave a GPU to another writer, or go on seldom, as the policy says."""
+        message = (
+            f"ran above {cap_mhz} MHz under load three times within ten minutes although locked: another program "
+            "sets its clock (nvidia-smi -lgc or -rgc, DCGM?)"
+        )
+        if order.conflict_policy is ConflictPolicy.COEXIST:
+            text = f"{message}. conflictPolicy is Coexist: the cap is set again, at most once a minute"
+            _log.warning("gpu=%s %s", uuid, text)
+            self.actuator.contest(uuid, order, text)
+            self.actuator.lock_lost(uuid, clock.now_seconds + backoff_seconds(track.watch))
+            return
+        text = f"{message}. Stop that one, then change the policy to try again, or write conflictPolicy: Coexist"
+        _log.error("gpu=%s %s", uuid, text)
+        track.watch = LockWatch()
+        self.actuator.give_up(uuid, order, text)
 
     def _note(self, clock: Clock, decisions: Mapping[str, Decision]) -> None:
         """Tell each instance how its GPUs stand."""
@@ -378,6 +412,8 @@ class Agent:
 
     def _is_settled(self, world: World, decisions: Mapping[str, Decision]) -> bool:
         """Whether nothing is left to do for the present orders; needs the kubelet's word from after they came."""
+        if world.other_agent:  # what it has locked is not known here
+            return False
         if world.pending or not all(decision.settled for decision in decisions.values()):
             return False
         if not self._scan.gpus:  # no driver: all is refused, but a lock of before may still be there

@@ -176,8 +176,11 @@ class InstanceTrack:
         self._complete = held >= {order.pod_uid for order in self._orders}
         settled = bool(decisions) and all(decision.settled for decision in decisions)
         locked = settled and all(decision.reason == Reason.LOCKED for decision in decisions)
+        # A cap that another program keeps undoing is watched by the guardrail while it is there; the epochs of all its
+        # GPUs are dropped, those of the control arm too: whose clock that was is not known.
+        capped = settled and all(decision.in_force for decision in decisions)
         control = settled and all(decision.reason == Reason.CONTROL_EPOCH for decision in decisions)
-        if not locked:
+        if not capped:
             self._locked_since_seconds = None
         elif self._locked_since_seconds is None:
             self._locked_since_seconds = clock.now_seconds

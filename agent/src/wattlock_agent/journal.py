@@ -22,6 +22,10 @@ class JournalError(Exception):
     """The journal cannot be written or read. The message says what to check; nothing may be locked."""
 
 
+class JournalHeldError(JournalError):
+    """Another agent on this node holds the journal: wait for it to leave."""
+
+
 class Journal(Protocol):
     """Durable records by GPU. When a call returns, the disk has it."""
 

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from wattlock_agent.journal import JournalError, LockRecord
+from wattlock_agent.journal import JournalError, JournalHeldError, LockRecord
 
 VERSION = 1
 _SUFFIX = ".json"
@@ -25,10 +25,6 @@ _GPU_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,95}")
 _MAX_FILE_BYTES = 16 * 1024
 _MAX_FILES = 1_024
 _BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
-
-
-class JournalHeldError(JournalError):
-    """Another agent on this node holds the journal: wait for it to leave."""
 
 
 def read_boot_id(path: Path = _BOOT_ID_PATH) -> str:

@@ -4,7 +4,7 @@ import logging
 from typing import Protocol
 
 from wattlock_agent.agent import Agent, NoJournal
-from wattlock_agent.journal import Journal, JournalError
+from wattlock_agent.journal import Journal, JournalError, JournalHeldError
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ class JournalKeeper:
             if str(error) != self._problem:
                 _log.warning("journal: %s", error)
             self._problem = str(error)
-            agent.open_journal(NoJournal(self._problem))
+            held = isinstance(error, JournalHeldError)
+            agent.open_journal(NoJournal(self._problem), other_agent=self._problem if held else "")
             return
         self._open = True
         for problem in self._journal.problems:

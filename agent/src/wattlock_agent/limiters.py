@@ -10,6 +10,9 @@ from dataclasses import dataclass, fields
 from wattlock_agent.gpu.base import LimiterNanoseconds
 
 LIMITER_NAMES = tuple(field.name for field in fields(LimiterNanoseconds))
+#: Event-reason bits of limiters (power cap, hardware slowdown, thermal, power brake, board limit, reliability): used
+#: where the counters are missing. https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html
+LIMITER_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80 | 0x200 | 0x400
 #: The power cap is judged by the last 15 minutes of busy time: a sum over weeks would hide that it binds since an hour.
 RECENT_BUSY_SECONDS = 900.0
 _BUCKET_SECONDS = 60.0

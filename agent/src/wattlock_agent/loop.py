@@ -178,17 +178,21 @@ class Loop:
         self._agent.tick(clock)
         status = self._build_status()
         done_seconds = now_seconds()
-        if self._has_object() and is_due(self._reported, status, done_seconds, self._jitter):
+        if self._may_report() and is_due(self._reported, status, done_seconds, self._jitter):
             self._reported = Reported(done_seconds, status)
             self._status.put(status)
         self._passes += 1
         self._pass_seconds += done_seconds - clock.now_seconds
         self.board.snapshot = self._snapshot(status)
 
-    def _has_object(self) -> bool:
-        """Whether the operator has made a NodeEnergy for this node, so that there is something to report to."""
-        orders = self._agent.outlook.world.orders if self._agent.outlook else None
-        return orders is not None and orders != NO_ORDERS
+    def _may_report(self) -> bool:
+        """Whether there is a NodeEnergy of this node and it is this agent's to report to.
+
+        A second agent must not: it would report GPUs released that the first has locked, and a policy's deletion would
+        take its word. Its log and /readyz say why it waits.
+        """
+        world = self._agent.outlook.world if self._agent.outlook else None
+        return world is not None and world.orders not in (None, NO_ORDERS) and not world.other_agent
 
     def _start_jobs(self, clock: Clock) -> None:
         if self._agent.holders_wanted(clock) and self._agent.outlook is not None:
@@ -281,7 +285,7 @@ class Loop:
         return status
 
     def _report_last(self) -> None:
-        if not self._has_object():
+        if not self._may_report():
             return
         self._status.put(self._build_status())
         if not self._status.drain(LAST_REPORT_TIMEOUT_SECONDS):

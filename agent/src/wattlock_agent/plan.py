@@ -3,8 +3,8 @@
 A GPU is locked only when all of this holds: the process may write (mode Enforce, capability, a journal that can be
 written), orders are fresh, exactly one pod holds the GPU whole, that pod has an order of mode Enforce and role Decode
 with a cap that the GPU supports, the arm of the epoch is the cap, and neither the operator, the guardrail, the
-prompts that the pod computes nor another writer speak against it. In every other case our lock, if there is one, is
-undone at once.
+prompts that the pod computes nor another writer (unless the policy says Coexist) speak against it. In every other case
+our lock, if there is one, is undone at once.
 
 The GPUs of an instance on this node act alike: where one of them cannot be locked, none is, because the slowest GPU
 of a tensor-parallel group sets the pace of all, so that a lock on some would save little and hide what it costs.
@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from wattlock_api.constants import GpuState, Mode, Reason, Role
+from wattlock_api.constants import ConflictPolicy, GpuState, Mode, Reason, Role
 from wattlock_api.nodeenergy import Order
 from wattlock_api.schedule import Arm, arm_of, epoch_at
 
@@ -81,7 +81,13 @@ class GpuView:
     refused: Refusal | None = None
     """The driver or the disk refused the last write; stands until something has changed."""
     conflict: Refusal | None = None
-    """Another writer keeps undoing our lock."""
+    """Another writer keeps undoing our lock, and the policy says Skip."""
+    contested: str = ""
+    """The same where the policy says Coexist, in words; empty: nobody does."""
+    foreign_mhz: int | None = None
+    """The clock at which a lock that is not ours seems to hold the GPU."""
+    suspected_until_seconds: float = 0.0
+    """Monotonic time until which it is watched for such a lock."""
     lock_not_before_seconds: float = 0.0
     """Monotonic time before which no lock may be written: rate limit and back-off."""
     release_not_before_seconds: float = 0.0
@@ -118,6 +124,8 @@ class World:
     stopping: bool = False
     journal_damage: str = ""
     """What of the journal could not be read when this agent began; decides nothing, is shown to people."""
+    other_agent: str = ""
+    """Another agent of ours acts on this node, in words: this one knows nothing of the locks and writes nothing."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,8 @@ class Decision:
     """The cap that is, or in a control epoch would be, in force."""
     settled: bool = True
     """Whether the order is in force or refused, so that nothing is left to do."""
+    in_force: bool = False
+    """Whether our lock is on the GPU, as far as we know."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +163,10 @@ def plan(world: World) -> dict[str, Decision]:
     wait_until: dict[InstanceKey, float] = defaultdict(float)
     for verdict in verdicts:
         if verdict.refusal is None and not _in_force(verdict):
+            gpu = verdict.gpu
+            until_seconds = max(gpu.lock_not_before_seconds, gpu.suspected_until_seconds if _skips(verdict) else 0.0)
             for key in verdict.instances:
-                wait_until[key] = max(wait_until[key], verdict.gpu.lock_not_before_seconds)
+                wait_until[key] = max(wait_until[key], until_seconds)
     return {verdict.gpu.identity.uuid: _decide(world, verdict, wait_until) for verdict in verdicts}
 
 
@@ -211,7 +223,9 @@ def _judge(world: World, gpu: GpuView) -> _Verdict:
     cap_mhz = snap_down_mhz(identity.supported_clocks_mhz, order.cap_mhz or 0)
     if cap_mhz is None:
         return verdict(_no_clock(identity, order))
-    for refusal in (_process_speaks_against(world), gpu.conflict, gpu.refused, world.holds.get(key_of(order))):
+    foreign = _foreign_lock(gpu) if order.conflict_policy is ConflictPolicy.SKIP else None
+    holds = world.holds.get(key_of(order))
+    for refusal in (_process_speaks_against(world), gpu.conflict, foreign, gpu.refused, holds):
         if refusal is not None:
             return verdict(refusal, cap_mhz)
     return verdict(_control_epoch(world, order), cap_mhz)
@@ -282,9 +296,23 @@ def _process_speaks_against(world: World) -> Refusal | None:
             Reason.NO_PERMISSION,
             "the agent lacks the capability SYS_ADMIN, which the driver asks of those who change clocks",
         )
+    if world.other_agent:
+        return Refusal(GpuState.RELEASED, Reason.SECOND_AGENT, world.other_agent)
     if world.journal_problem:
         return Refusal(GpuState.RELEASED, Reason.JOURNAL_UNWRITABLE, world.journal_problem)
     return None
+
+
+def _foreign_lock(gpu: GpuView) -> Refusal | None:
+    if gpu.foreign_mhz is None:
+        return None
+    return Refusal(
+        GpuState.CONFLICT,
+        Reason.FOREIGN_LOCK,
+        f"runs at {gpu.foreign_mhz} MHz under load although no limiter acts and Wattlock has not locked it: another "
+        "program's lock seems to stand. Undo it with 'nvidia-smi -rgc' on the node (it is capped as soon as it runs "
+        "faster), or write conflictPolicy: Coexist to replace it",
+    )
 
 
 def _control_epoch(world: World, order: Order) -> Refusal | None:
@@ -321,6 +349,7 @@ _ABOUT_ONE_GPU = frozenset(
         Reason.CLOCKS_NOT_SUPPORTED,
         Reason.UNSUPPORTED_CLOCK,
         Reason.OTHER_WRITER,
+        Reason.FOREIGN_LOCK,
         Reason.GPU_LOST,
         Reason.NO_PERMISSION,
         Reason.NVML_ERROR,
@@ -346,6 +375,10 @@ def _alike(verdicts: list[_Verdict], refused: dict[InstanceKey, Refusal]) -> lis
     ]
 
 
+def _skips(verdict: _Verdict) -> bool:
+    return verdict.order is not None and verdict.order.conflict_policy is ConflictPolicy.SKIP
+
+
 def _in_force(verdict: _Verdict) -> bool:
     lock = verdict.gpu.lock
     return (
@@ -364,22 +397,31 @@ def _decide(world: World, verdict: _Verdict, wait_until: Mapping[InstanceKey, fl
         return _released(world, verdict, refusal)
     if verdict.order is None or verdict.cap_mhz is None:  # cannot be: no refusal means that both are there
         return Decision(uuid, GpuState.RELEASED, Reason.NO_ORDER, "no order")
-    text = f"at most {verdict.cap_mhz} MHz"
-    if _in_force(verdict):
-        return Decision(uuid, GpuState.LOCKED, Reason.LOCKED, text, None, verdict.order, verdict.cap_mhz)
-    state = GpuState.RELEASED if gpu.lock is None else GpuState.LOCKED
+    in_force = _in_force(verdict)
     wait_seconds = max((wait_until[key] for key in verdict.instances), default=0.0) - world.now_seconds
-    if wait_seconds > 0:
-        text = f"to be locked to {text} in some seconds: writes are kept apart"
-        return Decision(uuid, state, Reason.WAITING_TO_WRITE, text, None, verdict.order, verdict.cap_mhz, settled=False)
-    lock = Lock(gpu.identity.supported_clocks_mhz[0], verdict.cap_mhz)
+    lock = None if in_force or wait_seconds > 0 else Lock(gpu.identity.supported_clocks_mhz[0], verdict.cap_mhz)
+    if gpu.contested:
+        # One word and one sentence for as long as it lasts: it would change with every write of the other.
+        state, reason, text = GpuState.CONFLICT, Reason.CONTESTED, gpu.contested
+        return Decision(uuid, state, reason, text, lock, verdict.order, verdict.cap_mhz, in_force=in_force)
+    text = f"at most {verdict.cap_mhz} MHz"
+    if in_force:
+        state = GpuState.LOCKED
+        return Decision(uuid, state, Reason.LOCKED, text, None, verdict.order, verdict.cap_mhz, in_force=True)
+    state = GpuState.RELEASED if gpu.lock is None else GpuState.LOCKED
     text = f"to be locked to {text}"
+    if wait_seconds > 0:
+        text += " in some seconds: writes are kept apart, and a low clock under load is watched before it is changed"
     return Decision(uuid, state, Reason.WAITING_TO_WRITE, text, lock, verdict.order, verdict.cap_mhz, settled=False)
 
 
 def _released(world: World, verdict: _Verdict, refusal: Refusal) -> Decision:
     gpu = verdict.gpu
-    requested_mhz = verdict.cap_mhz if refusal.reason == Reason.CONTROL_EPOCH else None
+    requested_mhz = None
+    if refusal.reason == Reason.CONTROL_EPOCH:
+        requested_mhz = verdict.cap_mhz
+        if gpu.contested:
+            refusal = Refusal(GpuState.CONFLICT, Reason.CONTESTED, gpu.contested)
     decision = Decision(
         gpu.identity.uuid, refusal.state, refusal.reason, refusal.message, None, verdict.order, requested_mhz
     )

@@ -73,6 +73,8 @@ def _agent(outlook: Outlook, version: str, pod_name: str) -> AgentStatus:
 def _agent_problem(outlook: Outlook) -> tuple[str, str]:
     """Return why the agent cannot work as asked, the gravest cause first."""
     world = outlook.world
+    if world.other_agent:
+        return Reason.SECOND_AGENT, world.other_agent
     if outlook.scan.driver is None:
         problem = outlook.scan.problem
         missing = problem is None or problem.fault is GpuFault.NO_DRIVER

@@ -8,7 +8,7 @@ from wattlock_api.nodeenergy import GpuStatus
 
 from wattlock_agent.energy import MAX_GAP_SECONDS, EnergyMeter
 from wattlock_agent.gpu.base import GpuReading
-from wattlock_agent.limiters import LIMITER_NAMES, RecentCap, growth
+from wattlock_agent.limiters import LIMITER_BITS, LIMITER_NAMES, RecentCap, growth
 from wattlock_agent.verify import BUSY_PERCENT, SETTLE_SECONDS, Finding, LockReading, LockWatch, check_lock
 
 #: "The last report interval" of the status.
@@ -17,9 +17,6 @@ _CLAMP_WINDOW_SECONDS = 10.0
 _CLAMP_MIN_READINGS = 5
 #: Only a GPU that never rests shows by a low clock that something holds it down.
 _CLAMP_BUSY_PERCENT = 90
-#: Event-reason bits of limiters (power cap, hardware slowdown, thermal, power brake, board limit, reliability): used
-#: where the counters are missing. https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html
-_LIMITER_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80 | 0x200 | 0x400
 
 
 @dataclass(frozen=True)
@@ -181,5 +178,5 @@ class GpuTrack:
             self.recent_cap.add(seconds * busy / 100, grown["power_cap"])
         counted = any(getattr(reading.limiters, name) is not None for name in LIMITER_NAMES)
         if not counted and reading.event_reasons is not None:
-            return bool(reading.event_reasons & _LIMITER_BITS)
+            return bool(reading.event_reasons & LIMITER_BITS)
         return any(grown_seconds > 0 for grown_seconds in grown.values())

@@ -17,6 +17,8 @@ SETTLE_SECONDS = 2.0
 MAX_LOSSES = 3
 LOSSES_SECONDS = 600.0
 FIRST_BACKOFF_SECONDS = 5.0
+#: From the third loss on a lock is written again no sooner than this, where the policy says Coexist.
+CONTESTED_SECONDS = 60.0
 #: Readings further apart than this are not one stretch of time.
 _MAX_GAP_SECONDS = 5.0
 
@@ -54,7 +56,8 @@ class LockReading:
 def check_lock(watch: LockWatch, reading: LockReading) -> tuple[LockWatch, Finding]:
     """Return what is now known and what is to be done.
 
-    LOST: write it again after ``backoff_seconds``. CONFLICT: the third loss within ten minutes, leave the GPU alone.
+    LOST: write it again after ``backoff_seconds``. CONFLICT: the third loss or a later one within ten minutes: leave
+    the GPU alone, or write it again after ``backoff_seconds``, as the policy says.
     """
     if reading.lock_age_seconds < SETTLE_SECONDS or reading.sm_mhz is None:
         return LockWatch(losses=watch.losses), Finding.FINE
@@ -69,11 +72,10 @@ def check_lock(watch: LockWatch, reading: LockReading) -> tuple[LockWatch, Findi
     if reading.at_seconds - since_seconds < LOST_SECONDS:
         return LockWatch(since_seconds, reading.at_seconds, watch.losses), Finding.FINE
     recent = (*(at for at in watch.losses if reading.at_seconds - at < LOSSES_SECONDS), reading.at_seconds)
-    if len(recent) >= MAX_LOSSES:
-        return LockWatch(), Finding.CONFLICT
-    return LockWatch(losses=recent), Finding.LOST
+    return LockWatch(losses=recent), Finding.CONFLICT if len(recent) >= MAX_LOSSES else Finding.LOST
 
 
 def backoff_seconds(watch: LockWatch) -> float:
-    """Return how long to wait before the lock is written again: 5 s after the first loss, doubled with each."""
-    return FIRST_BACKOFF_SECONDS * 2.0 ** max(0, len(watch.losses) - 1)
+    """Return how long to wait before the lock is written again: 5 s, 10 s, then a minute after each loss."""
+    losses = len(watch.losses)
+    return CONTESTED_SECONDS if losses >= MAX_LOSSES else FIRST_BACKOFF_SECONDS * 2.0 ** max(0, losses - 1)

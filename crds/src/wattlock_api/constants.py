@@ -44,6 +44,13 @@ class Mode(StrEnum):
     ENFORCE = "Enforce"
 
 
+class ConflictPolicy(StrEnum):
+    """What to do about GPUs whose clock or power another program sets as well."""
+
+    SKIP = "Skip"
+    COEXIST = "Coexist"
+
+
 class Role(StrEnum):
     """What the pods of a pool do in disaggregated serving."""
 
@@ -92,6 +99,7 @@ class Reason(StrEnum):
     POLICY_CONFLICT = "PolicyConflict"
     ROLLOUT_PENDING = "RolloutPending"
     ROLLED_BACK = "RolledBack"
+    OTHER_CONTROLLER = "OtherController"
     NO_MATCHING_PODS = "NoMatchingPods"
     NO_GPUS = "NoGPUs"
     NO_AGENT = "NoAgent"
@@ -115,11 +123,14 @@ class Reason(StrEnum):
     HOLDER_CHANGED = "HolderChanged"
     KUBELET_UNREACHABLE = "KubeletUnreachable"
     OTHER_WRITER = "OtherWriter"
+    CONTESTED = "Contested"
+    FOREIGN_LOCK = "ForeignLock"
     GPU_LOST = "GPULost"
     NVML_ERROR = "NVMLError"
     NVML_NOT_FOUND = "NVMLNotFound"
     JOURNAL_UNWRITABLE = "JournalUnwritable"
     JOURNAL_DAMAGED = "JournalDamaged"
+    SECOND_AGENT = "SecondAgent"
     AGENT_STOPPING = "AgentStopping"
     # about measurements
     NO_ENERGY_COUNTER = "NoEnergyCounter"

@@ -14,7 +14,7 @@ from wattlock_api.base import (
     Toleration,
     cel,
 )
-from wattlock_api.constants import Architecture, Mode, Role
+from wattlock_api.constants import Architecture, ConflictPolicy, Mode, Role
 
 #: What a RuntimeClass may be called.
 RUNTIME_CLASS = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
@@ -306,6 +306,12 @@ class EnergyPolicySpec(ApiModel):
     ] = []
     """Label keys that tie decode pods to their prefill peer, e.g. [llm-d.ai/model]. Empty: all pods of the
     policy are one group."""
+    conflict_policy: ConflictPolicy = ConflictPolicy.SKIP
+    """What to do with GPUs whose clock or power another program sets as well: a controller that an annotation
+    of the pod names (e.g. dynamo.nvidia.com/gpu-power-limit), DCGM, a person with nvidia-smi. Skip (the
+    default) leaves such GPUs alone, and condition Conflict says who is suspected. Coexist caps them all the
+    same: a lock of the other is overwritten (not restored afterwards), a cap that the other keeps undoing is
+    set again at most once a minute, and epochs in which it was undone do not count."""
     verification: Verification = Verification()
     guardrail: Guardrail = Guardrail()
     rollout: Rollout | None = None

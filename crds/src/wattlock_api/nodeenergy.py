@@ -17,7 +17,7 @@ from wattlock_api.base import (
     Timestamp,
     Uid,
 )
-from wattlock_api.constants import GpuState, Mode, Role
+from wattlock_api.constants import ConflictPolicy, GpuState, Mode, Role
 from wattlock_api.energypolicy import Guardrail
 from wattlock_api.pairs import Moments as Moments
 from wattlock_api.pairs import PairStats as PairStats
@@ -107,6 +107,8 @@ class Order(ApiModel):
     """Where the pod serves its metrics: its own address, never one that a user typed. Absent until it has one."""
     span: InstanceSpan | None = None
     """Absent: all of the instance is on this node."""
+    conflict_policy: ConflictPolicy = ConflictPolicy.SKIP
+    """Skip: leave a GPU alone whose clock another program sets. Coexist: cap it all the same."""
 
 
 class NodeEnergySpec(ApiModel):
@@ -179,7 +181,8 @@ class GpuStatus(ApiModel):
     instance: InstanceName | None = None
     """The serving instance."""
     requested_mhz: int | None = None
-    """The cap that our lock asks for, in MHz, also while a control epoch releases it for comparison."""
+    """The cap that our lock asks for, in MHz, also while a control epoch releases it for comparison or another program
+    has undone it (reason Contested)."""
     observed_mhz: int | None = None
     """Median SM clock in MHz of the readings (one a second) in which the GPU was busy, over 20 s. Where a clock is
     requested: of the last 20 s under that cap, so that it stands through control epochs. Else: of the last 20 s."""

@@ -4,11 +4,21 @@ No sentence holds a number that is measured anew with every report: a condition 
 anything, and wakes everybody who waits for it. Those numbers are in the status of the pools.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from wattlock_api.base import Condition, timestamp
-from wattlock_api.constants import ConditionType, Mode, PowerCapVerdict, Reason, Role, RolloutPhase, SavingsVerdict
+from wattlock_api.constants import (
+    ConditionType,
+    ConflictPolicy,
+    Mode,
+    PowerCapVerdict,
+    Reason,
+    Role,
+    RolloutPhase,
+    SavingsVerdict,
+)
+from wattlock_api.energypolicy import EnergyPolicySpec
 from wattlock_api.policystatus import PoolStatus, RolloutStatus, Savings
 
 from wattlock_operator.release import Release, release_sentence
@@ -16,6 +26,7 @@ from wattlock_operator.reports import PoolReport
 from wattlock_operator.selection import Member
 from wattlock_operator.sharing import Refusal
 from wattlock_operator.world import PolicyView
+from wattlock_operator.writers import controller_of, suspects_sentence
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,10 @@ class Facts:
     reports: Sequence[PoolReport] = ()
     """In the order of ``pools``."""
     disputes: Sequence[Member] = ()
+    claimed: Sequence[Member] = ()
+    """Decode pods whose GPUs another controller sets as well, by an annotation."""
+    suspects: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Pods that may set clocks or power, by node."""
     lagging_nodes: Sequence[str] = ()
     """Nodes whose agents have not acted on the newest orders of this policy."""
     release: Release | None = None
@@ -67,9 +82,15 @@ _NOT_READY = (
     Reason.GPU_LOST,
     Reason.STALE_ORDERS,
     Reason.OTHER_WRITER,
+    Reason.FOREIGN_LOCK,
+    Reason.OTHER_CONTROLLER,
     Reason.NO_PREFILL_PEER,
     Reason.NO_GPUS,
 )
+
+
+#: GPUs whose clock somebody else is seen to set, the gravest first.
+OTHERS_WRITE = (Reason.OTHER_WRITER, Reason.FOREIGN_LOCK, Reason.CONTESTED)
 
 
 def _reason_in(pools: Sequence[PoolStatus], wanted: Sequence[Reason]) -> tuple[str, str] | None:
@@ -108,6 +129,8 @@ def _ready(facts: Facts) -> Finding:
         return Finding(kind, False, Reason.ROLLED_BACK.value, f"pool {name}: {rollout.message}"[:1024])
     if policy.spec.mode is Mode.OBSERVE:
         return Finding(kind, True, "Observing", "all selected pods are measured; mode Observe caps nothing")
+    if (damaged := _reason_in(facts.pools, (Reason.JOURNAL_DAMAGED,))) is not None:
+        return Finding(kind, True, damaged[0], f"the agents have acted on every order, but {damaged[1]}")
     return Finding(kind, True, "InForce", "the agents have acted on every order")
 
 
@@ -232,11 +255,42 @@ def _power_cap(facts: Facts) -> Finding:
 def _conflict(facts: Facts) -> Finding:
     if facts.disputes:
         return Finding(ConditionType.CONFLICT, True, Reason.POLICY_CONFLICT.value, _dispute_sentence(facts))
-    if (found := _reason_in(facts.pools, (Reason.OTHER_WRITER,))) is not None:
-        return Finding(ConditionType.CONFLICT, True, *found)
+    for reason in OTHERS_WRITE:
+        if (found := _reason_in(facts.pools, (reason,))) is not None:
+            # Where the policy wants to coexist it is no alarm that it does.
+            held = reason is not Reason.CONTESTED
+            return Finding(ConditionType.CONFLICT, held, found[0], f"{found[1][:600]}. {_suspicion(facts, reason)}")
+    if facts.claimed and facts.policy.spec is not None and facts.release is None:
+        return _claims(facts.policy.spec, facts.claimed)
     if facts.overruled:
         return Finding(ConditionType.CONFLICT, True, Reason.PLACEMENT_OVERLAP.value, facts.overruled)
-    return Finding(ConditionType.CONFLICT, False, "NoConflict", "every selected pod belongs to one pool")
+    text = "every selected pod belongs to one pool, and no other program is seen to set its clock"
+    return Finding(ConditionType.CONFLICT, False, "NoConflict", text)
+
+
+def _suspicion(facts: Facts, reason: Reason) -> str:
+    nodes = sorted(
+        {each.node for report in facts.reports for each in report.gpus if each.gpu.reason == reason and not each.silent}
+    )
+    return suspects_sentence([each for node in nodes for each in facts.suspects.get(node, ())], nodes or ["its node"])
+
+
+def _claims(spec: EnergyPolicySpec, claimed: Sequence[Member]) -> Finding:
+    names = ", ".join(member.pod.name for member in claimed[:5]) + (" and more" if len(claimed) > 5 else "")
+    other = controller_of(claimed[0].pod.claims[0])
+    text = (
+        f"{len(claimed)} pod(s) have the annotation {other.annotation}, by which {other.name} {other.does}: {names}. "
+    )
+    if spec.conflict_policy is ConflictPolicy.COEXIST:
+        text += "conflictPolicy is Coexist: they are capped all the same, and what is measured has both in it"
+    elif spec.mode is Mode.OBSERVE:
+        text += (
+            "Nothing is capped in mode Observe; mode Enforce would leave them alone unless conflictPolicy is Coexist"
+        )
+    else:
+        text += "They are not capped. Remove the annotation, or write conflictPolicy: Coexist"
+    held = spec.conflict_policy is ConflictPolicy.SKIP and spec.mode is Mode.ENFORCE
+    return Finding(ConditionType.CONFLICT, held, Reason.OTHER_CONTROLLER.value, text)
 
 
 #: What the verdict is, without the numbers of savings.message.

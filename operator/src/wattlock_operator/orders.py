@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from wattlock_api.base import ObjectRef
-from wattlock_api.constants import FINALIZER, Mode, Reason, Role
+from wattlock_api.constants import FINALIZER, ConflictPolicy, Mode, Reason, Role
 from wattlock_api.nodeenergy import Hold, InstanceSpan, Order, OrderExperiment, PolicyRef
 from wattlock_api.policystatus import RolloutStatus
 
@@ -24,6 +24,7 @@ from wattlock_operator.selection import (
 )
 from wattlock_operator.sharing import Refusal, refusals
 from wattlock_operator.world import PodView, World
+from wattlock_operator.writers import controller_of
 
 #: Bound of the list in the CustomResourceDefinition.
 MAX_ORDERS_PER_NODE = 256
@@ -86,6 +87,13 @@ def _verdict(member: Member, world: World, peers: frozenset[tuple[str, ...]]) ->
             Reason.WAITING_TO_WRITE,
             f"policy {member.policy.title} does not carry the finalizer {FINALIZER} yet, without which a lock could "
             "outlive the policy",
+        )
+    if member.pod.claims and member.spec.conflict_policy is ConflictPolicy.SKIP:
+        other = controller_of(member.pod.claims[0])
+        return hold(
+            Reason.OTHER_CONTROLLER,
+            f"pod {member.pod.name} has the annotation {other.annotation}, by which {other.name} {other.does}: two "
+            "controllers of one GPU mix what is measured. Remove the annotation, or write conflictPolicy: Coexist",
         )
     if member.spec.require_prefill_peer:
         group = group_of(member.pod, member.spec.group_by)
@@ -203,6 +211,7 @@ def _order(member: Member, verdict: Cap | Hold | None, instance: _Instance, worl
         guardrail=spec.guardrail if member.pool.role is Role.DECODE else None,
         metrics_url=metrics_url(member, world) if member.pod.uid == instance.speaker else None,
         span=instance.span,
+        conflict_policy=spec.conflict_policy,
     )
 
 

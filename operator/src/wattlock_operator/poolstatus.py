@@ -94,6 +94,12 @@ def pod_problems(
                     f"metrics.hostNetworkNamespaces name {pod.namespace}"
                 ),
             )
+        elif report is not None and report.agent.reason == Reason.JOURNAL_DAMAGED:
+            problem = (
+                Reason.JOURNAL_DAMAGED,
+                f"node {pod.node}: {report.agent.message[:600]}. What this means and what to do: JournalDamaged in "
+                "docs/runbooks/ready.md",
+            )
         if problem is not None:
             found.setdefault(member.pool.name, []).append(PodProblem(pod.name, pod.node, *problem))
     return found

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from wattlock_api.base import parse_timestamp
-from wattlock_api.constants import FORCE_RELEASE_ANNOTATION, STUCK_RELEASE_SECONDS, GpuState
+from wattlock_api.constants import FORCE_RELEASE_ANNOTATION, STUCK_RELEASE_SECONDS, GpuState, Reason
 from wattlock_api.nodeenergy import NodeEnergyStatus
 
 from wattlock_operator.world import NodeEnergyView, PolicyView, World
@@ -69,12 +69,16 @@ def is_silent(report: NodeEnergyStatus | None, now_seconds: float) -> bool:
 
 
 def locked_uuids(report: NodeEnergyStatus | None, policy_uid: str | None = None) -> tuple[str, ...]:
-    """Return the GPUs under a lock, of one policy or of any."""
+    """Return the GPUs that are or may be under a lock, of one policy or of any.
+
+    A contested one is locked and unlocked by turns, under one and the same word.
+    """
     gpus = report.gpus if report else []
     return tuple(
         gpu.uuid
         for gpu in gpus
-        if gpu.state is GpuState.LOCKED and (policy_uid is None or gpu.policy_uid == policy_uid)
+        if (gpu.state is GpuState.LOCKED or gpu.reason == Reason.CONTESTED)
+        and (policy_uid is None or gpu.policy_uid == policy_uid)
     )
 
 

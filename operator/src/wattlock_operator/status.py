@@ -9,7 +9,7 @@ from wattlock_api.pairs import PairStats
 from wattlock_api.policystatus import EnergyPolicyStatus, PoolStatus, Summary
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Account, Saved, Sums, open_or_advance
-from wattlock_operator.conditions import Facts, dated, find_conditions
+from wattlock_operator.conditions import OTHERS_WRITE, Facts, dated, find_conditions
 from wattlock_operator.ledger import Ledger, advance, opening
 from wattlock_operator.orders import Orders
 from wattlock_operator.pooling import saving_percent
@@ -44,6 +44,17 @@ def lagging_nodes(world: World, orders: Orders, uid: str) -> tuple[str, ...]:
         if not written or report is None or node_energy is None or report.observed_generation < node_energy.generation:
             found.append(name)
     return tuple(sorted(found))
+
+
+def suspects(world: World, reports: Sequence[PoolReport]) -> Mapping[str, Sequence[str]]:
+    """Return the pods that look like programs which set clocks or power of GPUs, by node where somebody does."""
+    found: dict[str, list[str]] = {
+        each.node: [] for report in reports for each in report.gpus if each.gpu.reason in OTHERS_WRITE
+    }
+    for pod in world.pods if found else ():
+        if pod.writer and pod.node in found and not pod.finished:
+            found[pod.node].append(f"{pod.writer} (pod {pod.namespace}/{pod.name})")
+    return {node: sorted(names) for node, names in found.items()}
 
 
 def _range(numbers: Sequence[int]) -> str | None:
@@ -183,6 +194,8 @@ def report_policy(
         pools=pools,
         reports=pool_reports,
         disputes=orders.selection.disputes.get(policy.uid, ()) if release is None else (),
+        claimed=[each for each in members if each.pod.claims and each.pod.wants_gpu and each.pool.role is Role.DECODE],
+        suspects=suspects(world, pool_reports),
         lagging_nodes=lagging_nodes(world, orders, policy.uid),
         release=release,
         template_problem=template_problem,

@@ -23,6 +23,8 @@ from wattlock_api.energypolicy import EnergyPolicySpec, Placement
 from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
 from wattlock_api.policystatus import EnergyPolicyStatus
 
+from wattlock_operator.writers import claims_of, writer_of
+
 Json = Mapping[str, Any]
 _Model = TypeVar("_Model", Order, GpuStatus, InstanceStatus)
 
@@ -97,6 +99,10 @@ class PodView:
     hint: MetricsHint = MetricsHint()
     group_size: int | None = None
     """Pods of the LeaderWorkerSet group that this one belongs to."""
+    claims: tuple[str, ...] = ()
+    """Annotations by which another controller sets the power or clock of its GPUs, see writers."""
+    writer: str = ""
+    """The program that it looks like, if that is known to set clocks or power of GPUs."""
 
     @property
     def finished(self) -> bool:
@@ -240,6 +246,10 @@ def _container_wants_gpu(container: Json) -> bool:
     return some or bool(resources.get("claims"))
 
 
+def _command_line(container: Json) -> str:
+    return " ".join(str(word) for part in ("command", "args") for word in _list(container.get(part)))
+
+
 def _metrics_hint(metadata: Json, containers: list[Json]) -> MetricsHint:
     annotations = _mapping(metadata.get("annotations"))
     path = annotations.get("prometheus.io/path")
@@ -279,6 +289,7 @@ def parse_pod(body: Json) -> PodView:
         condition.get("type") == "Ready" and condition.get("status") == "True"
         for condition in _items(status.get("conditions"))
     )
+    labels = {str(key): str(value) for key, value in _mapping(metadata.get("labels")).items()}
     return PodView(
         namespace=str(metadata.get("namespace", "")),
         name=str(metadata.get("name", "")),
@@ -287,12 +298,14 @@ def parse_pod(body: Json) -> PodView:
         phase=str(status.get("phase") or ""),
         ready=ready,
         terminating=bool(metadata.get("deletionTimestamp")),
-        labels={str(key): str(value) for key, value in _mapping(metadata.get("labels")).items()},
+        labels=labels,
         ip=str(status.get("podIP") or ""),
         host_network=spec.get("hostNetwork") is True or bool(_addresses(status, "pod") & _addresses(status, "host")),
         wants_gpu=any(map(_container_wants_gpu, containers)) or bool(spec.get("resourceClaims")),
         hint=_metrics_hint(metadata, containers),
         group_size=_size(_mapping(metadata.get("annotations")).get(_GROUP_SIZE)),
+        claims=claims_of(_mapping(metadata.get("annotations"))),
+        writer=writer_of(labels, (str(each.get("image") or "") for each in containers), map(_command_line, containers)),
     )
 
 

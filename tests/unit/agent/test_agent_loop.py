@@ -10,6 +10,7 @@ from wattlock_agent.__main__ import main
 from wattlock_agent.gpu.base import GpuFault
 from wattlock_agent.holders.base import Holders, KubeletError, PodName
 from wattlock_agent.http_server import AgentServer
+from wattlock_agent.journal import JournalHeldError
 from wattlock_agent.kube import LeaseSeen, OrdersSeen
 from wattlock_agent.loop import EXIT_DRIVER_MISMATCH, EXIT_FAILED, EXIT_OK, Loop
 from wattlock_agent.orders import Orders
@@ -145,6 +146,32 @@ def test_a_kubelet_that_does_not_answer_is_no_failure(make_loop, make_order):
         wait_for(lambda: loop.board.snapshot.status.agent.message == "no socket")
         assert not statuses
     assert node.driver.log == []
+
+
+def test_a_second_agent_is_not_ready_says_why_and_reports_nothing(make_loop, make_order, monkeypatch, caplog):
+    """Its report would say that GPUs are released which the first agent has locked."""
+    loop, node, _ = make_loop()
+    held, written = [JournalHeldError("another Wattlock agent on this node holds the journal")], []
+
+    def acquire():
+        if held:
+            raise held[0]
+
+    monkeypatch.setattr(node.journal, "acquire", acquire)
+    monkeypatch.setattr(loop._status, "put", written.append)
+    node.driver.locks = {"GPU-0": (345, 1590)}
+    with running(loop) as statuses:
+        give_orders(loop, make_order())
+        wait_for(lambda: loop.board.snapshot.status.agent.reason == "SecondAgent")
+        wait_for(lambda: loop.board.snapshot.passes >= 4)
+        assert not loop.board.snapshot.ready
+        assert "another Wattlock agent" in loop.board.snapshot.status.agent.message
+        assert loop.board.snapshot.status.gpus[0].reason == "SecondAgent"
+        loop.stop()
+        wait_for(lambda: statuses)
+    assert written == [], "neither while it waits nor when it stops"
+    assert node.driver.log == []
+    assert any("another Wattlock agent" in message for message in caplog.messages)
 
 
 def test_observe_mode_stops_without_a_write(make_loop, make_order):

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wattlock_agent import journal_file
-from wattlock_agent.journal import Journal, JournalError, LockRecord
-from wattlock_agent.journal_file import FileJournal, JournalHeldError, decode, encode, read_boot_id
+from wattlock_agent.journal import Journal, JournalError, JournalHeldError, LockRecord
+from wattlock_agent.journal_file import FileJournal, decode, encode, read_boot_id
 
 GPU = "GPU-5c1a2b3c-0000-1111-2222-333344445555"
 OTHER_GPU = "GPU-ffffffff-0000-1111-2222-333344445555"

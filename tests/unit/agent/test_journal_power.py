@@ -163,13 +163,16 @@ def test_a_second_agent_says_who_has_the_journal_and_takes_over_when_it_is_gone(
         keeper.open(node.agent, node.now_seconds)
         node.run(1)
     assert node.driver.log == []
-    assert node.reasons()["GPU-0"] == "JournalUnwritable"
+    assert node.reasons()["GPU-0"] == "SecondAgent"
+    assert "another Wattlock agent" in node.agent.outlook.world.other_agent
+    assert node.agent.outlook.settled_generation == 0, "not ready: what the other has locked is not known here"
     first.release()
     for _ in range(10):
         keeper.open(node.agent, node.now_seconds)
         node.run(1)
     assert node.locked() == {"GPU-0"}
     assert set(second.records()) == {"GPU-0"}
+    assert node.agent.outlook.settled_generation == 1
     second.release()
 
 

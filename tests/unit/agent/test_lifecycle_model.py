@@ -29,13 +29,14 @@ EXAMPLES = os.environ.get("WATTLOCK_MODEL_EXAMPLES")
 UUIDS = ["GPU-0", "GPU-1", "GPU-2"]
 FOREIGN_GPU = "GPU-person"
 #: A wanted or unwanted lock is settled within this many seconds: the start (30), a journal that had failed (30), the
-#: back-off of lost locks (10) and the reopening of the driver (5) may follow each other.
-SETTLE_SECONDS = 90
+#: back-off of contested locks (60) and the reopening of the driver (5) may follow each other.
+SETTLE_SECONDS = 140
 #: Passes of a healthy agent until it has undone what its orders do not want.
 MAX_PASSES = 3
 KINDS = {
     "cap 1590": {"capMHz": 1590},
     "cap 1200": {"capMHz": 1200},
+    "coexist": {"capMHz": 1590, "conflictPolicy": "Coexist"},
     "observe": {"mode": "Observe", "capMHz": 1590},
     "prefill": {"role": "Prefill", "capMHz": 1590},
     "mixed": {"role": "Mixed", "capMHz": 1590},
@@ -81,6 +82,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.unwanted_passes = dict.fromkeys(UUIDS, 0)
         self.acting: Process | None = None
         self.processes: list[Process] = []
+        self.step_seconds = 1.0
         self.publish()
         self.start()
         for _ in range(4):
@@ -124,6 +126,10 @@ class Lifecycle(RuleBasedStateMachine):
         orders = [order for pod in lately if (order := self.acting.wants(pod)) is not None]
         if not orders:
             return f"no order wants it for any of {lately}"
+        readings = self.healthy() and self.step_seconds <= 1
+        coexists = any(order.conflict_policy == "Coexist" for order in orders)
+        if uuid in self.hardware.stood_before and readings and not coexists:
+            return "somebody else's lock stands on it and the policy says Skip"
         return "" if any(cap_mhz <= order.cap_mhz for order in orders) else f"{cap_mhz} MHz is above every order"
 
     # --- what happens ------------------------------------------------------------------------------------------------
@@ -221,8 +227,30 @@ class Lifecycle(RuleBasedStateMachine):
 
     @event(number=gpus)
     def somebody_resets_a_gpu(self, number: int) -> None:
-        self.hardware.locks.pop(UUIDS[number], None)
-        self.hardware.ours.discard(UUIDS[number])
+        self.hardware.reset_by_a_person(UUIDS[number])
+
+    @event(number=gpus)
+    def somebody_locks_a_gpu(self, number: int) -> None:
+        self.hardware.lock_by_a_person(UUIDS[number])
+
+    @event(number=gpus, times=st.integers(3, 5))
+    def a_program_keeps_resetting_a_gpu(self, number: int, times: int) -> None:
+        for _ in range(times):
+            self.hardware.reset_by_a_person(UUIDS[number])
+            for _ in range(12):
+                self.second(1.0)
+
+    @event(number=gpus)
+    def a_person_locks_a_released_gpu_and_then_it_is_ordered(self, number: int) -> None:
+        self.kinds[number] = "none"
+        self.publish()
+        for _ in range(8):
+            self.second(1.0)
+        self.hardware.lock_by_a_person(UUIDS[number])
+        self.kinds[number] = "cap 1590"
+        self.publish()
+        for _ in range(15):
+            self.second(1.0)
 
     @event(read_only=st.booleans())
     def node_reboots(self, read_only: bool) -> None:
@@ -308,6 +336,7 @@ class Lifecycle(RuleBasedStateMachine):
             self.acting = None
 
     def second(self, seconds: float) -> None:
+        self.step_seconds = seconds
         self.host.now_seconds += seconds
         self.cluster.pass_time(self.host.now_seconds)
         for process in list(self.processes):
@@ -356,6 +385,11 @@ class Lifecycle(RuleBasedStateMachine):
     def settle(self) -> None:
         """All faults end; then everything is as it should be."""
         self.faults_end_now()
+        for uuid in UUIDS:
+            if self.hardware.locks.get(uuid) == FOREIGN:
+                self.hardware.reset_by_a_person(uuid)
+        for _ in range(20):  # a lock that was undone a moment ago is missed, perhaps for the third time
+            self.second(1.0)
         self.policy_generation += 1  # what a person does about a conflict or a refusal
         self.publish()
         for _ in range(SETTLE_SECONDS):

@@ -19,7 +19,7 @@ PODS = tuple(PodName("llm", f"pod-{number}") for number in range(3))
 
 
 def order_strategy():
-    def build(pod, uid, role, mode, cap, experiment, hold, instance, generation):
+    def build(pod, uid, role, mode, cap, experiment, hold, instance, generation, conflict_policy):
         fields = {
             "policy": {"namespace": "llm", "name": "p", "uid": "policy", "generation": generation},
             "pool": "x",
@@ -28,6 +28,7 @@ def order_strategy():
             "podUid": uid,
             "instance": instance,
             "mode": mode,
+            "conflictPolicy": conflict_policy,
         }
         if cap is not None:
             fields["capMHz"] = cap
@@ -48,6 +49,7 @@ def order_strategy():
         st.sampled_from([False, False, False, True]),
         st.sampled_from(["a", "b"]),
         st.integers(1, 2),
+        st.sampled_from(["Skip", "Skip", "Coexist"]),
     )
 
 
@@ -77,6 +79,9 @@ def worlds(draw):
                 fault=draw(refusals(Reason.GPU_LOST)),
                 refused=draw(refusals(Reason.NO_PERMISSION)),
                 conflict=draw(refusals(Reason.OTHER_WRITER)),
+                contested=draw(st.sampled_from(["", "", "", "another program sets its clock"])),
+                foreign_mhz=draw(st.sampled_from([None, None, None, 1200])),
+                suspected_until_seconds=draw(st.sampled_from([0.0, 0.0, 0.0, 105.0])),
                 lock_not_before_seconds=draw(st.sampled_from([0.0, 0.0, 103.0])),
                 release_not_before_seconds=draw(st.sampled_from([0.0, 0.0, 103.0])),
             )
@@ -106,6 +111,7 @@ def worlds(draw):
             if draw(st.sampled_from([False, False, False, True]))
         },
         journal_problem=draw(st.sampled_from(["", "", "", "disk full"])),
+        other_agent=draw(st.sampled_from([""] * 7 + ["another agent has the journal"])),
         pending=draw(st.booleans()),
         stopping=draw(st.sampled_from([False, False, False, True])),
     )
@@ -127,7 +133,9 @@ def may_be_locked(world, gpu):
     order = orders[0]
     if order.role != "Decode" or order.mode != "Enforce" or order.cap_mhz is None or order.hold is not None:
         return False
-    if key_of(order) in world.holds or gpu.conflict or gpu.fault or gpu.refused:
+    if key_of(order) in world.holds or gpu.conflict or gpu.fault or gpu.refused or world.other_agent:
+        return False
+    if gpu.foreign_mhz is not None and order.conflict_policy == "Skip":
         return False
     if gpu.identity.mig_enabled or gpu.identity.virtual:
         return False
@@ -152,7 +160,11 @@ def test_locks_only_what_was_chosen_and_only_as_far(world):
             assert decision.action.cap_mhz <= decision.order.cap_mhz
             assert decision.action.low_mhz == gpu.identity.supported_clocks_mhz[0]
             assert gpu.lock_not_before_seconds <= world.now_seconds
-            assert not decision.settled
+            assert gpu.suspected_until_seconds <= world.now_seconds or decision.order.conflict_policy == "Coexist"
+            assert decision.settled == bool(gpu.contested), "nobody waits for the end of a contest"
+        if decision.reason == Reason.LOCKED:
+            assert not gpu.contested
+        assert not decision.in_force or may_be_locked(world, gpu)
 
 
 @settings(max_examples=250, deadline=None)
@@ -169,7 +181,9 @@ def test_undoes_every_lock_that_is_not_wanted_and_no_other(world):
             assert gpu.conflict is not None
         can_undo = world.mode is Mode.ENFORCE and world.may_write and gpu.fault is None
         waits = (world.pending and not world.stopping) or gpu.release_not_before_seconds > world.now_seconds
-        wanted = decision.reason in (Reason.LOCKED, Reason.WAITING_TO_WRITE)
+        wanted = decision.reason in (Reason.LOCKED, Reason.WAITING_TO_WRITE) or (
+            decision.reason == Reason.CONTESTED and may_be_locked(world, gpu)
+        )
         if gpu.recorded and gpu.conflict is None and can_undo and not waits and not wanted:
             assert isinstance(decision.action, Release)
 
@@ -183,10 +197,18 @@ def test_gpus_of_an_instance_act_alike(world):
         if decision.order is not None and decision.order.cap_mhz is not None and decision.order.mode == "Enforce":
             by_instance[key_of(decision.order)].append(decision)
     for group in by_instance.values():
-        about_the_gpu = {Reason.MIG_ENABLED, Reason.VIRTUAL_GPU, Reason.CLOCKS_NOT_SUPPORTED, Reason.OTHER_WRITER}
+        about_the_gpu = {Reason.MIG_ENABLED, Reason.VIRTUAL_GPU, Reason.CLOCKS_NOT_SUPPORTED}
+        about_the_gpu |= {Reason.OTHER_WRITER, Reason.FOREIGN_LOCK}
         if any(each.reason in about_the_gpu for each in group):
             assert not any(isinstance(each.action, Lock) or each.reason == Reason.LOCKED for each in group)
-        locking = [isinstance(each.action, Lock) for each in group if each.reason == Reason.WAITING_TO_WRITE]
+        views = {gpu.identity.uuid: gpu for gpu in world.gpus}
+        waiting = [
+            each
+            for each in group
+            if each.reason == Reason.WAITING_TO_WRITE
+            or (each.reason == Reason.CONTESTED and not each.in_force and may_be_locked(world, views[each.uuid]))
+        ]
+        locking = [isinstance(each.action, Lock) for each in waiting]
         assert len(set(locking)) <= 1
 
 
@@ -261,6 +283,9 @@ DEFECTS = {
     "lost": lambda world: with_view(world, fault=Refusal(GpuState.LOST, Reason.GPU_LOST, "gone")),
     "refused": lambda world: with_view(world, refused=Refusal(GpuState.OBSERVING, Reason.NO_PERMISSION, "no")),
     "conflict": lambda world: with_view(world, conflict=Refusal(GpuState.CONFLICT, Reason.OTHER_WRITER, "other")),
+    "locked by somebody before": lambda world: with_view(world, foreign_mhz=1200),
+    "perhaps locked by somebody before": lambda world: with_view(world, suspected_until_seconds=100.1),
+    "another agent": lambda world: replace(world, other_agent="another agent has the journal"),
     "locked a moment ago": lambda world: with_view(world, lock_not_before_seconds=100.1),
 }
 
