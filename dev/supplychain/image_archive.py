@@ -49,7 +49,7 @@ class File:
 
 @dataclass(frozen=True)
 class Image:
-    """An image: its tag, what it is configured to run, the digests of its layers, and its files by path (no "/" before)."""
+    """An image: its tag, its configuration, and its files by path, without the "/" before it."""
 
     tag: str
     config: dict[str, Any]
@@ -88,7 +88,9 @@ def read_image(archive: Path) -> Image:
         try:
             (manifest,) = json.load(_member(outer, "manifest.json"))
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{archive} is no archive of one image: write one with docker save or dev/images") from error
+            raise ValueError(
+                f"{archive} is no archive of one image: write one with docker save or dev/images"
+            ) from error
         config = json.load(_member(outer, manifest["Config"]))
         files: dict[str, File] = {}
         for name in manifest["Layers"]:

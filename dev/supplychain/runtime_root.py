@@ -23,13 +23,15 @@ from pathlib import Path
 
 # Parts of the standard library that serve people at a terminal, build packages or test Python itself.
 UNUSED_MODULES = {
-    "__pycache__", "dist-packages", "site-packages", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests",
-    "tkinter", "turtle.py", "turtledemo", "venv", "sitecustomize.py", "LICENSE.txt", "EXTERNALLY-MANAGED",
+    "__pycache__", "dist-packages", "site-packages", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data",
+    "test",
+    "tests", "tkinter", "turtle.py", "turtledemo", "venv", "sitecustomize.py", "LICENSE.txt", "EXTERNALLY-MANAGED",
 }  # fmt: skip
 UNUSED_PREFIXES = ("config-", "_test", "_ctypes_test", "_xxtest", "xxlimited", "libpython")
 # Extension modules that nothing of ours imports, and that bring large libraries: databases, terminals, NIS.
 UNUSED_EXTENSIONS = {
-    "_crypt", "_curses", "_curses_panel", "_dbm", "_gdbm", "_sqlite3", "_tkinter", "nis", "ossaudiodev", "readline", "spwd",
+    "_crypt", "_curses", "_curses_panel", "_dbm", "_gdbm", "_sqlite3", "_tkinter", "nis", "ossaudiodev", "readline",
+    "spwd",
 }  # fmt: skip
 # Opened by name while running, so that no file says that it needs them: by glibc itself (threads that end, names of
 # hosts) and by NVIDIA's driver library, which the container runtime or the chart mounts.
@@ -118,7 +120,9 @@ def debian_records(root: Root) -> None:
     records.mkdir(parents=True)
     for package, files in sorted(owned.items()):
         name = package.split(":")[0]
-        status = subprocess.run(["dpkg-query", "--status", package], capture_output=True, text=True, timeout=20, check=True)
+        status = subprocess.run(
+            ["dpkg-query", "--status", package], capture_output=True, text=True, timeout=20, check=True
+        )
         (records / name).write_text(status.stdout)
         sums = subprocess.run(["md5sum", *sorted(files)], capture_output=True, text=True, timeout=60, check=True).stdout
         (records / f"{name}.md5sums").write_text(sums.replace("  /", "  "))

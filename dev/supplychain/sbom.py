@@ -1,11 +1,12 @@
 """Lists what is in an image as a CycloneDX 1.6 document:  python dev/supplychain/sbom.py ARCHIVE... --into FOLDER
 
-What is listed is read from the image itself, not from what should be in it. The hashes of Python packages are those that
-uv.lock demands of the downloaded wheel; files of Debian packages, and files that no package owns, have their SHA-256.
+What is listed is read from the image itself, not from what should be in it. The hashes of Python packages are those
+that uv.lock demands of the downloaded wheel; files of Debian's packages, and files of none, have their SHA-256.
 """
 
 import argparse
 import sys
+import tarfile
 import tomllib
 import uuid
 from collections.abc import Iterator
@@ -37,7 +38,9 @@ def sha256(content: str) -> list[HashType]:
 
 
 def file_component(file: File) -> Component:
-    return Component(name=f"/{file.path}", type=ComponentType.FILE, hashes=sha256(file.sha256), bom_ref=f"file:/{file.path}")
+    return Component(
+        name=f"/{file.path}", type=ComponentType.FILE, hashes=sha256(file.sha256), bom_ref=f"file:/{file.path}"
+    )
 
 
 def locked_wheels() -> dict[tuple[str, str], list[tuple[str, str]]]:
@@ -77,7 +80,10 @@ def python_packages(image: Image) -> Iterator[tuple[Component, set[str]]]:
             hashes=wheel_hash(wheels.get((name, version), []), tags),
             licenses=[LicenseFactory().make_from_string(licence)] if licence else [],
         )
-        recorded = [line.rpartition(",")[0].rpartition(",")[0].strip('"') for line in image.text(f"{folder}/RECORD").splitlines()]
+        recorded = [
+            line.rpartition(",")[0].rpartition(",")[0].strip('"')
+            for line in image.text(f"{folder}/RECORD").splitlines()
+        ]
         yield component, {normal(folder.parent / entry) for entry in recorded}
 
 
@@ -106,7 +112,9 @@ def debian_packages(image: Image) -> Iterator[tuple[Component, set[str]]]:
         image.text(path)
         for path in image.files
         if path == "var/lib/dpkg/status"
-        or (path.startswith("var/lib/dpkg/status.d/") and image.files[path].is_regular and not path.endswith(".md5sums"))
+        or (
+            path.startswith("var/lib/dpkg/status.d/") and image.files[path].is_regular and not path.endswith(".md5sums")
+        )
     ]
     for record in "\n\n".join(records).split("\n\n"):
         about = HeaderParser().parsestr(record.lstrip("\n"))
@@ -140,7 +148,7 @@ def owned_by_debian(image: Image, name: str, architecture: str) -> Iterator[str]
             for line in image.text(path).splitlines():
                 listed = line.partition("  ")[2] if path.endswith(".md5sums") else line.removeprefix("/")
                 for place in (listed, f"usr/{listed}"):
-                    if place in image.files and not image.files[place].kind == b"5":
+                    if place in image.files and image.files[place].kind != tarfile.DIRTYPE:
                         yield place
 
 
@@ -173,7 +181,10 @@ def list_image(image: Image) -> tuple[Bom, set[str]]:
     unclaimed = {
         path
         for path, file in image.files.items()
-        if file.is_regular and path not in claimed and not path.startswith("var/lib/dpkg/") and not is_bytecode(path, claimed)
+        if file.is_regular
+        and path not in claimed
+        and not path.startswith("var/lib/dpkg/")
+        and not is_bytecode(path, claimed)
     }
     if python := own_python(image, unclaimed):
         components.append(python)
@@ -234,7 +245,9 @@ def main() -> int:
         bom, unclaimed = list_image(image)
         path = options.into / f"{bom.metadata.component.name}.cdx.json"
         write(bom, path)
-        unpinned = sorted(part.name for part in bom.components if part.purl and part.purl.type == "pypi" and not part.hashes)
+        unpinned = sorted(
+            part.name for part in bom.components if part.purl and part.purl.type == "pypi" and not part.hashes
+        )
         print(
             f"{path}: {count(bom.components, 'pypi')} Python packages, {count(bom.components, 'deb')} of Debian, "
             f"{len(unclaimed)} files of none; without the hash of a wheel: {', '.join(unpinned) or 'none'}"

@@ -1,8 +1,8 @@
 """Asks what is known against the packages in the images:  python dev/supplychain/scan.py SBOM... [--release]
 
-Python packages: the advisories of the package index, by pip-audit. Packages of Debian: whether Debian's archive has newer
-versions, which for a stable release means a mended security or other grave bug. What Debian knows and has not mended yet
-is not seen. Ends with 0: nothing found; 1: something found; 2: nothing found, but not everything could be asked.
+Python packages: the advisories of the package index, by pip-audit. Packages of Debian: whether Debian's archive has
+newer versions, which for a stable release means a mended security or other grave bug. What Debian knows and has not
+mended yet is not seen. Ends with 0: nothing found; 1: something found; 2: nothing found, but not all could be asked.
 """
 
 import argparse
@@ -41,7 +41,12 @@ class Report:
 
 def packages(documents: list[dict[str, Any]], kind: str) -> dict[str, PackageURL]:
     """Return the packages of one kind in all documents, ours not among them."""
-    urls = [PackageURL.from_string(part["purl"]) for document in documents for part in document["components"] if "purl" in part]
+    urls = [
+        PackageURL.from_string(part["purl"])
+        for document in documents
+        for part in document["components"]
+        if "purl" in part
+    ]
     return {str(url): url for url in urls if url.type == kind and not url.name.startswith("wattlock-")}
 
 
@@ -56,7 +61,7 @@ def run(command: list[str], seconds: int = SECONDS) -> subprocess.CompletedProce
 
 def audit_python(urls: list[PackageURL], report: Report, run: Run = run) -> None:
     """Ask the package index for advisories against each release."""
-    asked = sorted({(url.name, url.version) for url in urls}) + [CANARY]
+    asked = [*sorted({(url.name, url.version) for url in urls}), CANARY]
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text("".join(f"{name}=={version}\n" for name, version in asked))
@@ -83,8 +88,8 @@ def read_audit(answer: str, complaint: str, asked: list[tuple[str, str]], report
     skipped = [name for name in names if "vulns" not in told.get(name, {})]
     if not canary.get("vulns"):
         report.unasked.append(
-            f"Python: the package index that this machine reaches has no advisories (it has none for {'=='.join(CANARY)}, "
-            f"which is CVE-2019-10906): {len(names)} packages were not checked. Run this where the public index is reached."
+            f"Python: {len(names)} packages were not checked, for the index that this machine reaches has no "
+            f"advisories: not even for {'=='.join(CANARY)}, CVE-2019-10906. Run this where the public index is reached"
         )
     elif skipped:
         report.unasked.append(f"Python: the index has no advisory data for: {', '.join(skipped)}")
@@ -112,7 +117,11 @@ def check_debian(urls: list[PackageURL], suite: str, report: Report, run: Run = 
     if missing:
         report.unasked.append(f"Debian {suite}: the archive does not know: {', '.join(sorted(set(missing)))}")
     for url in urls:
-        newer = [(version, security) for version, security in offered.get(url.name, []) if is_newer(version, url.version, run)]
+        newer = [
+            (version, security)
+            for version, security in offered.get(url.name, [])
+            if is_newer(version, url.version, run)
+        ]
         if newer:
             # The archive lists the newest first.
             version, _ = newer[0]
@@ -155,7 +164,9 @@ def check_release(documents: list[dict[str, Any]], report: Report) -> None:
     for document in documents:
         name, base = document["metadata"]["component"]["name"], property_of(document, "wattlock:base")
         if not DIGEST.search(base):
-            report.found.append(f"{name} was built on {base or 'an unknown base'}, which no digest pins: not for release")
+            report.found.append(
+                f"{name} was built on {base or 'an unknown base'}, which no digest pins: not for release"
+            )
 
 
 def main() -> int:
