@@ -24,8 +24,8 @@ from pathlib import Path
 # Parts of the standard library that serve people at a terminal, build packages or test Python itself.
 UNUSED_MODULES = {
     "__pycache__", "dist-packages", "site-packages", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data",
-    "test",
-    "tests", "tkinter", "turtle.py", "turtledemo", "venv", "sitecustomize.py", "LICENSE.txt", "EXTERNALLY-MANAGED",
+    "sitecustomize.py", "test", "tests", "tkinter", "turtle.py", "turtledemo", "venv", "LICENSE.txt",
+    "EXTERNALLY-MANAGED",
 }  # fmt: skip
 UNUSED_PREFIXES = ("config-", "_test", "_ctypes_test", "_xxtest", "xxlimited", "libpython")
 # Extension modules that nothing of ours imports, and that bring large libraries: databases, terminals, NIS.
@@ -198,9 +198,11 @@ def tidy(folder: Path, place: Path) -> None:
             )
     for path in [folder, *folder.rglob("*")]:
         if not path.is_symlink():
-            # Nothing is setuid, and nothing but /tmp may be written by all.
-            mode = path.stat().st_mode
-            path.chmod(mode & 0o1777 if mode & 0o1000 else mode & 0o755)
+            # Nothing is setuid, nothing but /tmp may be written by all, and only programs can be started. (The kernel
+            # starts the loader, which is a shared library; some wheels call all of their files programs.)
+            mode = path.stat().st_mode & (0o1777 if path.is_dir() else 0o777)
+            startable = path.is_dir() or path.parent.name == "bin" or ".so" in path.name
+            path.chmod(mode if mode & 0o1000 else mode & (0o755 if startable else 0o644))
         os.utime(path, (0, 0), follow_symlinks=False)
 
 

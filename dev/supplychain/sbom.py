@@ -178,13 +178,14 @@ def list_image(image: Image) -> tuple[Bom, set[str]]:
     for component, paths in [*python_packages(image), *debian_packages(image)]:
         components.append(component)
         claimed |= paths
+    sources = claimed | {path for path, file in image.files.items() if file.is_link}
     unclaimed = {
         path
         for path, file in image.files.items()
         if file.is_regular
         and path not in claimed
         and not path.startswith("var/lib/dpkg/")
-        and not is_bytecode(path, claimed)
+        and not is_bytecode(path, sources)
     }
     if python := own_python(image, unclaimed):
         components.append(python)
@@ -194,11 +195,11 @@ def list_image(image: Image) -> tuple[Bom, set[str]]:
     return document(image, components), unclaimed
 
 
-def is_bytecode(path: str, claimed: set[str]) -> bool:
-    """Whether this was compiled from a file that is claimed."""
+def is_bytecode(path: str, sources: set[str]) -> bool:
+    """Whether this was compiled from one of these."""
     place = PurePosixPath(path)
     source = place.parent.parent / f"{place.name.split('.cpython-')[0]}.py"
-    return place.suffix == ".pyc" and place.parent.name == "__pycache__" and str(source) in claimed
+    return place.suffix == ".pyc" and place.parent.name == "__pycache__" and str(source) in sources
 
 
 def document(image: Image, components: list[Component]) -> Bom:
