@@ -144,6 +144,9 @@ def make_root(venv: Path, folder: Path) -> None:
     modules = standard_library(library)
     for module in modules:
         root.add(module)
+    # Where a Python that is no package of Debian says its whole version, which the list of what is there needs.
+    if (header := Path(sysconfig.get_path("include"), "patchlevel.h")).exists():
+        root.add(header)
     compiled = [module for module in modules if module.suffix == ".so" or ".so." in module.name]
     compiled += [path for path in venv.rglob("*.so*") if path.is_file()]
     libraries = {path for path in needed(python.resolve(), *compiled) if venv not in path.parents}
