@@ -98,9 +98,10 @@ def test_what_is_no_image_is_refused_with_a_sentence_that_helps(tmp_path):
 
 
 def test_every_file_has_an_owner_or_is_listed_itself(tmp_path, wheels):
-    image = archive(tmp_path / "i.tar", layer(FILES | {"opt/tool": "somebody's"}))
+    stray = f"{SITE}/spam/__pycache__/stray.cpython-311.pyc"
+    image = archive(tmp_path / "i.tar", layer(FILES | {"opt/tool": "somebody's", stray: "no source"}))
     document, unclaimed = sbom.list_image(image)
-    assert unclaimed == {"usr/lib/os-release", "etc/passwd", "opt/tool"}
+    assert unclaimed == {"usr/lib/os-release", "etc/passwd", "opt/tool", stray}
     parts = {part.bom_ref.value: part for part in document.components}
     assert set(parts) == {"pypi:spam", "deb:libc6:amd64", *(f"file:/{path}" for path in unclaimed)}
     assert [hash_.content for hash_ in parts["pypi:spam"].hashes] == ["a" * 64]
