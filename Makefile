@@ -30,6 +30,14 @@ setup: ## Install what is missing: Debian packages, uv, .venv, the cluster's pro
 images: setup ## Build the images of operator, agent and simulator
 	@dev/images
 
+.PHONY: sbom
+sbom: images ## List what is in each image, as CycloneDX documents in dist/sbom/
+	@dev/sbom
+
+.PHONY: scan
+scan: sbom ## Ask the registries what is known against the packages in the images (docs/supply-chain.md)
+	@dev/scan
+
 .PHONY: cluster-up
 cluster-up: images ## Start a local Kubernetes with two nodes (CLUSTER=demo NODES=2)
 	@dev/cluster up --name $(CLUSTER) --nodes $(NODES)
@@ -49,6 +57,7 @@ check: setup ## Check formatting, lint, types, import rules and the lock file
 	.venv/bin/python charts/generate.py --check
 	.venv/bin/python docs/generate.py --check
 	.venv/bin/python agent/generate_protos.py --check
+	dev/build-requirements --check
 	@# Offline and without a mirror: nothing may be resolved anew, only compared.
 	env -u UV_DEFAULT_INDEX -u UV_INDEX_URL WATTLOCK_UV_SETTINGS_DONE=1 dev/uv lock --check --offline
 
@@ -78,6 +87,7 @@ generate: setup ## Write what is generated: CRDs, the chart's copies and tables,
 	.venv/bin/python charts/generate.py
 	.venv/bin/python docs/generate.py
 	.venv/bin/python agent/generate_protos.py
+	dev/build-requirements
 
 .PHONY: clean
 clean: ## Remove caches: built programs, images and tools (not .venv)

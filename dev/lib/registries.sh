@@ -60,9 +60,12 @@ write_build_settings() {
     cp "$(ca_bundle)" "$dir/ca.crt"
 }
 
-# The Debian mirror and suite this machine itself uses.
+# The Debian suite that this machine itself uses, and its mirrors as lines of sources.list: the suite, its updates, its
+# security fixes, whatever of them the machine has.
 debian_suite() { (. /etc/os-release && echo "${VERSION_CODENAME:-bookworm}"); }
-debian_mirror() {
+debian_mirror() { debian_sources "$(debian_suite)" | awk -v suite="$(debian_suite)" '$3 == suite { print $2; exit }'; }
+debian_sources() {
     apt-get indextargets --no-release-info --format '$(CREATED_BY) $(RELEASE) $(REPO_URI)' 2>/dev/null |
-        awk -v suite="$(debian_suite)" '$1 == "Packages" && $2 == suite { print $3; exit }'
+        awk -v suite="$1" '$1 == "Packages" && ($2 == suite || $2 == suite "-updates" || $2 == suite "-security") &&
+            !seen[$2]++ { print "deb", $3, $2, "main" }'
 }
