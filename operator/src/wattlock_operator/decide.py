@@ -55,6 +55,8 @@ class Decision:
 
     write_orders: Mapping[str, tuple[Order, ...]]
     """NodeEnergies to write, by node."""
+    versions: Mapping[str, str]
+    """resourceVersion of the NodeEnergies that the decision looked at, by node."""
     peer_powers: Mapping[str, str]
     """Annotation of those of them that have one, by node."""
     delete_node_energies: tuple[str, ...]
@@ -170,6 +172,7 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
             written[policy.uid] = last
     return Decision(
         write_orders=write,
+        versions={node: entry.version for node, entry in world.node_energies.items()},
         peer_powers={node: text for node, text in powers.items() if node in write},
         delete_node_energies=delete,
         daemon_sets=daemon_sets,

@@ -48,9 +48,15 @@ class PolicyView:
     status: EnergyPolicyStatus | None
     problem: str = ""
     deleting: bool = False
-    finalizer: bool = False
-    """Whether deletion waits for us. No GPU may be locked before it does."""
+    finalizers: tuple[str, ...] = ()
     force_release: bool = False
+    version: str = field(default="", compare=False)
+    """resourceVersion: what we write is refused when it has changed meanwhile. Empty: it is written in any case."""
+
+    @property
+    def finalizer(self) -> bool:
+        """Whether deletion waits for us. No GPU may be locked before it does."""
+        return FINALIZER in self.finalizers
 
     @property
     def title(self) -> str:
@@ -128,6 +134,8 @@ class NodeEnergyView:
     status: NodeEnergyStatus | None
     peer_power: str = ""
     """The annotation as it is, see peerpower."""
+    version: str = field(default="", compare=False)
+    """resourceVersion: what we write is refused when it has changed meanwhile. Empty: it is written in any case."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +214,9 @@ def parse_policy(body: Json) -> PolicyView:
         status=status,
         problem=problem,
         deleting=bool(metadata.get("deletionTimestamp")),
-        finalizer=FINALIZER in _list(metadata.get("finalizers")),
+        finalizers=tuple(name for name in _list(metadata.get("finalizers")) if isinstance(name, str)),
         force_release=_mapping(metadata.get("annotations")).get(FORCE_RELEASE_ANNOTATION) == "true",
+        version=str(metadata.get("resourceVersion") or ""),
     )
 
 
@@ -330,6 +339,7 @@ def parse_node_energy(body: Json) -> NodeEnergyView:
         readable=readable,
         status=_parse_report(body.get("status")),
         peer_power=str(_mapping(metadata.get("annotations")).get(PEER_POWER_ANNOTATION) or ""),
+        version=str(metadata.get("resourceVersion") or ""),
     )
 
 
