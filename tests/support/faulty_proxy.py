@@ -164,9 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
         # Compressed answers could not be cut in the middle of their text.
         headers["Accept-Encoding"] = "identity"
-        token = client.configuration.get_api_key_with_prefix("authorization")
-        if token:
-            headers["Authorization"] = token
+        client.update_params_for_auth(headers, [], ["BearerToken"], "", "", None)
         broken = self.server.watches_broken
         response = client.rest_client.pool_manager.request(
             self.command,

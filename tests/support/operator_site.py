@@ -132,7 +132,7 @@ class Replica:
     def http(self, path: str) -> str:
         return _ask(self.log_path, path)
 
-    def signal(self, number: int) -> None:
+    def send(self, number: int) -> None:
         self.process.send_signal(number)
 
     def end(self, number: int = signal.SIGTERM) -> int:
