@@ -1,8 +1,8 @@
 """Carries a decision out: writes to the API server, only what differs, each failure told and tried again.
 
 An operator that leads no more must not write what it decided while it did. Before each write it looks whether it still
-leads; and what it changes is written over the very version that was decided on, so that the API server refuses a write
-that was held up on its way while another operator wrote.
+leads; and what it changes is written only over what was decided on, so that the API server refuses a write that was
+held up on its way while another operator wrote.
 """
 
 import logging
@@ -33,7 +33,7 @@ from wattlock_operator.kube import Kube, KubeError
 from wattlock_operator.metrics import Metrics
 from wattlock_operator.placement import FINGERPRINT_ANNOTATION, MANAGED_BY_LABEL, MANAGER
 from wattlock_operator.store import NODE_ENERGY, POLICY, Kind, Store
-from wattlock_operator.world import DaemonSetView, PolicyView
+from wattlock_operator.world import DaemonSetView, NodeEnergyView, PolicyView
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,35 @@ def event_body(telling: Telling, identity: str, now_seconds: float) -> dict[str,
     }
 
 
+def orders_body(node: str, orders: Sequence[Order], peer_power: str) -> dict[str, Any]:
+    """Return a new NodeEnergy."""
+    body = api.manifest("NodeEnergy", node)
+    if peer_power:
+        body["metadata"]["annotations"] = {PEER_POWER_ANNOTATION: peer_power}
+    return body | {"spec": {"orders": [order.to_api() for order in orders]}}
+
+
+def orders_patch(orders: Sequence[Order], peer_power: str, present: NodeEnergyView) -> list[dict[str, Any]]:
+    """Return the patch that gives a NodeEnergy its orders, if its spec is the one that was decided on.
+
+    The generation grows with each change of the spec and of nothing else. The resourceVersion would not do: an agent's
+    report changes it, and where the API server is slow there always was a report meanwhile.
+    """
+    patch: list[dict[str, Any]] = [
+        {"op": "test", "path": "/metadata/uid", "value": present.uid},
+        {"op": "test", "path": "/metadata/generation", "value": present.generation},
+        {"op": "add", "path": "/spec", "value": {"orders": [order.to_api() for order in orders]}},
+    ]
+    annotation = "/metadata/annotations/" + PEER_POWER_ANNOTATION.replace("/", "~1")
+    if peer_power and not present.annotated:
+        patch.append({"op": "add", "path": "/metadata/annotations", "value": {PEER_POWER_ANNOTATION: peer_power}})
+    elif peer_power:
+        patch.append({"op": "add", "path": annotation, "value": peer_power})
+    elif present.peer_power:
+        patch.append({"op": "remove", "path": annotation})
+    return patch
+
+
 class NotLeadingError(Exception):
     """Another operator may lead: nothing more is written."""
 
@@ -142,7 +171,7 @@ class Applier:
             write()
         except KubeError as error:
             # Somebody else was faster: a user, an agent, or another operator. The next pass looks again.
-            overtaken = error.status in (404, 409)
+            overtaken = error.status in (404, 409) or isinstance(error, api.OvertakenError)
             log.log(logging.INFO if overtaken else logging.WARNING, "could not %s %s %s: %s", verb, kind, name, error)
             if not overtaken:
                 self._metrics.failed(kind)
@@ -152,44 +181,32 @@ class Applier:
         self._metrics.wrote(kind, verb)
         return True
 
-    def _change(self, kind: Kind, verb: str, path: str, name: str, write: Callable[[], api.Json | None]) -> bool:
+    def _change(self, kind: Kind, verb: str, path: str, name: str, write: Callable[[], api.Json]) -> bool:
         """Write an object of ours, and know at once what it is like now: the watch tells it a little later."""
 
         def change() -> None:
             try:
                 body = write()
             except KubeError as error:
-                if error.status == 409:
-                    body = self._kube.get(path)
-                    if body is not None:
-                        self._store.put(kind, body)
+                if error.status in (409, 422):
+                    found = self._kube.get(path)
+                    if found is not None:
+                        self._store.put(kind, found)
                 raise
-            if body is not None:
-                self._store.put(kind, body)
+            self._store.put(kind, body)
 
         return self._try(kind.name, verb, name, change)
 
-    def write_orders(self, node: str, orders: Sequence[Order], peer_power: str = "", version: str = "") -> bool:
+    def write_orders(
+        self, node: str, orders: Sequence[Order], peer_power: str = "", present: NodeEnergyView | None = None
+    ) -> bool:
         """Write the orders of a node, and the power of its instances on other nodes."""
         path = api.node_energy_path(node)
-        write = partial(self._write_orders, path, node, orders, peer_power, version)
-        return self._change(NODE_ENERGY, "apply", path, node, write)
-
-    def _write_orders(self, path: str, node: str, orders: Sequence[Order], peer_power: str, version: str) -> api.Json:
-        body = api.manifest("NodeEnergy", node)
-        if not orders:
-            # Applying an empty list over entries that we own removes spec itself, which the schema refuses.
-            metadata = _as_it_was(version) | {"annotations": {PEER_POWER_ANNOTATION: None}}
-            try:
-                return self._kube.merge(path, {"spec": {"orders": []}, "metadata": metadata})
-            except KubeError as error:
-                if error.status != 404:
-                    raise
-                return self._kube.request("POST", api.NODE_ENERGIES, body=body | {"spec": {}})
-        body["metadata"] |= _as_it_was(version)
-        if peer_power:
-            body["metadata"]["annotations"] = {PEER_POWER_ANNOTATION: peer_power}
-        return self._kube.apply(path, body | {"spec": {"orders": [order.to_api() for order in orders]}})
+        if present is None:
+            create = partial(self._kube.create, api.NODE_ENERGIES, orders_body(node, orders, peer_power))
+            return self._change(NODE_ENERGY, "create", path, node, create)
+        write = partial(self._kube.amend, path, orders_patch(orders, peer_power, present))
+        return self._change(NODE_ENERGY, "patch", path, node, write)
 
     def write_status(self, policy: PolicyView, status: EnergyPolicyStatus) -> bool:
         """Write the status of a policy: of that very object, not of a later one of its name."""
@@ -262,13 +279,13 @@ class Applier:
                         node,
                         decision.write_orders[node],
                         decision.peer_powers.get(node, ""),
-                        decision.versions.get(node, ""),
+                        decision.present.get(node),
                     ),
                     decision.write_orders,
                 )
             )
             for node in decision.delete_node_energies:
-                delete = partial(self._kube.delete, api.node_energy_path(node), decision.versions.get(node, ""))
+                delete = partial(self._kube.delete, api.node_energy_path(node), decision.present[node].uid)
                 well &= self._try("NodeEnergy", "delete", node, delete)
             well &= self._daemon_sets(decision)
             written = list(pool.map(show, decision.write_statuses))

@@ -4,7 +4,7 @@ Blocking: the operator calls it from worker threads.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -49,6 +49,10 @@ class KubeError(Exception):
     def ends_pass(self) -> bool:
         """Whether there is no point in asking for anything else now: no answer, or overload."""
         return self.status is None or self.status in (429, 503) or self.retry_after_seconds is not None
+
+
+class OvertakenError(KubeError):
+    """A JSON patch was refused because a test in it failed: the object is not what it was."""
 
 
 @dataclass(frozen=True)
@@ -149,15 +153,39 @@ class Kube:
         query = {"fieldManager": OPERATOR_FIELD_MANAGER}
         return self.request("PATCH", path, query, dict(patch), "application/merge-patch+json")
 
-    def delete(self, path: str, version: str = "") -> None:
-        """Delete an object; one that is gone already is fine. With a resourceVersion: only as it was then.
+    def create(self, path: str, manifest: Mapping[str, Any]) -> Json:
+        """Create an object in a collection.
+
+        Raises:
+            KubeError: it failed; with status 409 where there is one of its name.
+        """
+        return self.request("POST", path, {"fieldManager": OPERATOR_FIELD_MANAGER}, dict(manifest))
+
+    def amend(self, path: str, operations: Sequence[Mapping[str, Any]]) -> Json:
+        """Change an object by a JSON patch (RFC 6902), whole or not at all: its tests are made by the API server.
+
+        Raises:
+            OvertakenError: a test failed.
+            KubeError: any other failure.
+        """
+        query = {"fieldManager": OPERATOR_FIELD_MANAGER}
+        try:
+            return self.request("PATCH", path, query, list(operations), "application/json-patch+json")
+        except KubeError as error:
+            # All that the API server says of a patch that does not fit; what its schema refuses reads otherwise.
+            if error.status == 422 and "the server rejected our request" in str(error):
+                raise OvertakenError(str(error), error.status) from error
+            raise
+
+    def delete(self, path: str, uid: str = "") -> None:
+        """Delete an object; one that is gone already is fine. With a UID: that very object only.
 
         Raises:
             KubeError: it failed.
         """
         body: Json = {"propagationPolicy": "Background"}
-        if version:
-            body["preconditions"] = {"resourceVersion": version}
+        if uid:
+            body["preconditions"] = {"uid": uid}
         try:
             self.request("DELETE", path, body=body)
         except KubeError as error:

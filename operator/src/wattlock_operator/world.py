@@ -134,8 +134,8 @@ class NodeEnergyView:
     status: NodeEnergyStatus | None
     peer_power: str = ""
     """The annotation as it is, see peerpower."""
-    version: str = field(default="", compare=False)
-    """resourceVersion: what we write is refused when it has changed meanwhile. Empty: it is written in any case."""
+    annotated: bool = field(default=False, compare=False)
+    """Whether it has any annotation."""
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def parse_node_energy(body: Json) -> NodeEnergyView:
         readable=readable,
         status=_parse_report(body.get("status")),
         peer_power=str(_mapping(metadata.get("annotations")).get(PEER_POWER_ANNOTATION) or ""),
-        version=str(metadata.get("resourceVersion") or ""),
+        annotated=bool(_mapping(metadata.get("annotations"))),
     )
 
 
