@@ -21,6 +21,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "pod monitors": ("metrics.podMonitor.enabled=true", "metrics.podMonitor.labels.release=prometheus"),
     "agents apart": ("agent.namespace=gpu-agents", "metrics.podMonitor.enabled=true"),
     "no hook": ("hooks.preDelete.enabled=false",),
+    "two operators": ("operator.replicas=2",),
     "network policies": ("networkPolicy.enabled=true", "agent.namespace=gpu-agents"),
     "everything set": (
         "image.registry=registry.example/team",
@@ -119,10 +120,33 @@ def test_the_notes_render(helm, case):
     assert ("hooks.preDelete.enabled is false" in notes) == (case == "no hook")
 
 
-def test_the_operator_is_one_and_knows_its_surroundings(helm):
+def test_operators_may_be_several_and_survive_a_node(helm):
+    one, two = helm.render(), helm.render("operator.replicas=2")
+    deployment = named(one, "Deployment", "wattlock-operator")
+    assert deployment["spec"]["replicas"] == 1
+    assert "topologySpreadConstraints" not in deployment["spec"]["template"]["spec"]
+    assert not kinds(one, "PodDisruptionBudget"), "it would keep a node with the only pod from being drained"
+
+    deployment = named(two, "Deployment", "wattlock-operator")
+    assert deployment["spec"]["replicas"] == 2
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    (spread,) = deployment["spec"]["template"]["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    budget = named(two, "PodDisruptionBudget", "wattlock-operator")["spec"]
+    assert (budget["maxUnavailable"], budget["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow")
+    for selector in (spread["labelSelector"], budget["selector"]):
+        assert selector["matchLabels"].items() <= labels.items()
+        assert selector == deployment["spec"]["selector"]
+
+
+def test_the_operator_knows_its_surroundings(helm):
     objects = helm.render("agent.namespace=gpu-agents")
     deployment = named(objects, "Deployment", "wattlock-operator")
-    assert (deployment["spec"]["replicas"], deployment["spec"]["strategy"]) == (1, {"type": "Recreate"})
+    # The lease keeps two from leading at once, so the next one may be there before the last one goes.
+    assert deployment["spec"]["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
+    }
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     known = environment(container)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from faulty_proxy import FaultyProxy
 from operator_site import TEMPLATE, Site
 from wattlock_operator.kube import connect
 
@@ -23,6 +24,8 @@ def site(kubectl: Any, namespace: str, tmp_path: Path) -> Iterator[Site]:
     for agent in found.agents:
         agent.stop()
     found.stop(signal.SIGKILL)
+    for replica in found.replicas:
+        replica.end(signal.SIGKILL)
     for policy in kubectl.within(namespace).get("energypolicies")["items"]:
         patch = json.dumps({"metadata": {"finalizers": None}})
         kubectl.within(namespace).run(
@@ -31,4 +34,13 @@ def site(kubectl: Any, namespace: str, tmp_path: Path) -> Iterator[Site]:
     for node in found.nodes:
         kubectl.run("delete", "node,nodeenergy", node, "--ignore-not-found", "--wait=false", check=False)
     if os.environ.get("SHOW_OPERATOR_LOG"):
-        print(found.log.read_text())
+        for log in (found.log, *(replica.log_path for replica in found.replicas)):
+            print(log.name, log.read_text(), sep="\n")
+
+
+@pytest.fixture
+def proxy(kubectl: Any, crds: None) -> Iterator[FaultyProxy]:
+    """A way to the API server that can be faulty."""
+    found = FaultyProxy(connect())
+    yield found
+    found.close()

@@ -96,7 +96,8 @@ class _ApiHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         if path.endswith(f"/leases/{LEASE_NAME}"):
-            self._answer({"spec": {"renewTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")}})
+            now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+            self._answer({"metadata": {"managedFields": [{"time": now}]}, "spec": {"renewTime": now}})
         elif path == f"{_NODES}/{self.server.node_name}":
             self._answer(self.server.node_energy())
         elif path == _NODES and "watch=1" in query:

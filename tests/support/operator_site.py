@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 from wattlock_api.base import timestamp
-from wattlock_operator.kube import Kube, KubeError, node_energy_path, policy_path
+from wattlock_api.constants import LEASE_NAME
+from wattlock_operator.kube import Kube, KubeError, lease_path, node_energy_path, policy_path
 
 NODE_LABEL = {"nvidia.com/gpu.present": "true"}
 
@@ -107,6 +108,39 @@ class Proxy:
         self.cut()
 
 
+def _ask(log_path: Path, path: str) -> str:
+    """Return a page of the operator that writes this log."""
+    found = [line for line in log_path.read_text().splitlines() if "probes on port" in line]
+    assert found, "the operator does not serve yet"
+    port = int(found[-1].rsplit(" ", 1)[1])
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+@dataclass
+class Replica:
+    """One operator of several."""
+
+    identity: str
+    log_path: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def http(self, path: str) -> str:
+        return _ask(self.log_path, path)
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=30)
+
+
 @dataclass
 class Site:
     """A namespace with pods, a node of our own, an operator, and an agent that does what it is told."""
@@ -118,6 +152,7 @@ class Site:
     operator: subprocess.Popen[bytes] | None = None
     nodes: list[str] = field(default_factory=list)
     agents: list["FakeAgent"] = field(default_factory=list)
+    replicas: list[Replica] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -125,19 +160,34 @@ class Site:
         return self.tmp_path / "operator.log"
 
     def start(self) -> None:
+        self.operator = self._spawn(f"operator-{uuid.uuid4().hex[:5]}", self.log)
+
+    def _spawn(self, identity: str, log_path: Path) -> subprocess.Popen[bytes]:
         environment = {
             **os.environ,
             "KUBECONFIG": self.kubectl.kubeconfig,
             "WATTLOCK_NAMESPACE": self.namespace,
             "WATTLOCK_AGENT_TEMPLATE": str(self.tmp_path / "template.yaml"),
             "WATTLOCK_HTTP_PORT": "0",
-            "POD_NAME": f"operator-{uuid.uuid4().hex[:5]}",
+            "POD_NAME": identity,
             **self.settings,
         }
-        with self.log.open("ab") as log:
-            self.operator = subprocess.Popen(
+        with log_path.open("ab") as log:
+            return subprocess.Popen(
                 [sys.executable, "-m", "wattlock_operator"], env=environment, stdout=log, stderr=log
             )
+
+    def replica(self, identity: str) -> "Replica":
+        """Start one more operator, with the settings as they are now."""
+        log_path = self.tmp_path / f"{identity}.log"
+        replica = Replica(identity, log_path, self._spawn(identity, log_path))
+        self.replicas.append(replica)
+        return replica
+
+    def leader(self) -> str:
+        """Who holds the lease; empty: nobody."""
+        lease = self.kube.get(lease_path(self.namespace, LEASE_NAME)) or {"spec": {}}
+        return str(lease["spec"].get("holderIdentity") or "")
 
     def stop(self, how: int = signal.SIGTERM) -> int | None:
         if self.operator is None:
@@ -148,11 +198,7 @@ class Site:
         return code
 
     def http(self, path: str) -> str:
-        found = [line for line in self.log.read_text().splitlines() if "probes on port" in line]
-        assert found, "the operator does not serve yet"
-        port = int(found[-1].rsplit(" ", 1)[1])
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
-            return str(answer.read().decode())
+        return _ask(self.log, path)
 
     def node(self, ready: bool = True) -> str:
         name = f"node-{uuid.uuid4().hex[:8]}"

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from wattlock_api.base import ObjectRef, timestamp
-from wattlock_api.constants import AGENT_COMPONENT, COMPONENT_LABEL, PLACEMENT_LABEL, GpuState
+from wattlock_api.constants import AGENT_COMPONENT, COMPONENT_LABEL, FINALIZER, PLACEMENT_LABEL, GpuState
 from wattlock_api.energypolicy import EnergyPolicySpec
 from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
 from wattlock_operator.world import MetricsHint, NodeEnergyView, NodeView, PodView, PolicyView, World
@@ -37,7 +37,7 @@ def policy(name: str = "qwen", *, uid: str = "", created: str = "2026-01-01T00:0
         "created": created,
         "spec": EnergyPolicySpec.model_validate(spec),
         "status": None,
-        "finalizer": True,
+        "finalizers": (FINALIZER,) if changes.pop("finalizer", True) else (),
     }
     return PolicyView(**(fields | changes))
 

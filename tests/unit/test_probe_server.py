@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 import pytest
 from prometheus_client import CollectorRegistry
-from wattlock_agent import boottime
 from wattlock_agent.http_server import AgentServer
 from wattlock_agent.metrics import Snapshot, SnapshotBoard
+from wattlock_api import boottime
 from wattlock_api.nodeenergy import NodeEnergyStatus
 from wattlock_api.probe_server import MAX_CONNECTIONS, MAX_CONNECTIONS_OF_ADDRESS
 from wattlock_operator.http import Probes, serve

@@ -7,17 +7,22 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 import urllib3
+from wattlock_api.answers import read_bounded, retry_after_seconds
 
 _log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
 CONNECT_TIMEOUT_SECONDS = 3.0
-READ_TIMEOUT_SECONDS = 10.0
+#: A server under load may need long. Nothing waits for it: orders are followed and GPUs released meanwhile.
+READ_TIMEOUT_SECONDS = 30.0
+#: From the head of an answer to its end.
+WHOLE_SECONDS = 60.0
 #: Bookmarks come every minute on a silent watch.
 WATCH_READ_TIMEOUT_SECONDS = 90.0
 WATCH_SECONDS = 290
@@ -29,9 +34,11 @@ _CHUNK_BYTES = 64 * 1024
 class ApiError(Exception):
     """The API server did not do what was asked. ``status`` is 0 where it did not answer."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_seconds = retry_after_seconds
+        """For how long it wants to be left alone, where it says so."""
 
 
 class ApiClient:
@@ -58,12 +65,28 @@ class ApiClient:
         Raises:
             ApiError: no usable answer.
         """
+        found = self.get_dated(path)
+        return None if found is None else found[0]
+
+    def get_dated(self, path: str) -> tuple[Json, float | None] | None:
+        """Return an object and what time it was by the server's clock, in seconds since 1970 (whole ones).
+
+        Raises:
+            ApiError: no usable answer.
+        """
         try:
-            return self._request("GET", path)
+            body, headers = self._request("GET", path)
         except ApiError as error:
             if error.status == 404:
                 return None
             raise
+        if not isinstance(body.get("metadata"), dict):
+            # Something else must not pass for an object without orders.
+            raise ApiError(f"GET {path}: the answer is no object of the API")
+        try:
+            return body, parsedate_to_datetime(headers.get("Date", "")).timestamp()
+        except ValueError:
+            return body, None
 
     def merge_patch(self, path: str, body: Json) -> None:
         """Patch an object; lists are replaced as a whole.
@@ -98,17 +121,17 @@ class ApiClient:
         """Close the connection."""
         self._pool.clear()
 
-    def _request(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] = {}) -> Json:
+    def _request(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] = {}
+    ) -> tuple[Json, Mapping[str, str]]:
         response = self._send(method, path, body, headers, READ_TIMEOUT_SECONDS)
         try:
-            content = response.read(MAX_BODY_BYTES + 1)
-            if len(content) > MAX_BODY_BYTES:
-                raise ApiError(f"{method} {path}: an answer of more than {MAX_BODY_BYTES} bytes")
+            content = read_bounded(response, MAX_BODY_BYTES, WHOLE_SECONDS)
             response.release_conn()
         except (urllib3.exceptions.HTTPError, OSError) as error:
             response.close()
             raise ApiError(f"{method} {path}: {_brief(error)}") from error
-        return _parse(content, path)
+        return _parse(content, path), response.headers
 
     def _send(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], read_timeout_seconds: float
@@ -135,7 +158,8 @@ class ApiClient:
             response.close()
             if response.status == 401:
                 self._token_read_at_seconds = float("-inf")
-            raise ApiError(f"{method} {path}: {response.status} {_message(text)}", response.status)
+            wait_seconds = retry_after_seconds(response.headers)
+            raise ApiError(f"{method} {path}: {response.status} {_message(text)}", response.status, wait_seconds)
         return response
 
     def _bearer(self) -> str:

@@ -6,9 +6,9 @@ from http.server import BaseHTTPRequestHandler
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from wattlock_api import boottime
 from wattlock_api.probe_server import TIMEOUT_SECONDS, ProbeServer
 
-from wattlock_agent import boottime
 from wattlock_agent.metrics import SnapshotBoard, make_registry
 
 #: Without a pass of the loop for so long the agent counts as dead.

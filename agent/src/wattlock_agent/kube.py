@@ -7,11 +7,11 @@ hear goes to the loop's queue as events.
 import logging
 import random
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from wattlock_api.base import parse_timestamp
+from wattlock_api.boottime import now_seconds
 from wattlock_api.constants import AGENT_FIELD_MANAGER, GROUP, LEASE_NAME, VERSION
 from wattlock_api.nodeenergy import NodeEnergyStatus
 from wattlock_api.peerpower import PeerPowers
@@ -28,6 +28,8 @@ LEASE_SECONDS = 120.0
 FIRST_LEASE_SECONDS = 5.0
 MISSING_SECONDS = 2.0
 MAX_BACKOFF_SECONDS = 30.0
+#: A watch that held for so long had worked. One that ends sooner is not begun anew at once.
+WORKED_SECONDS = 30.0
 
 _COLLECTION = f"/apis/{GROUP}/{VERSION}/nodeenergies"
 
@@ -59,7 +61,7 @@ class LeaseSeen:
 
     renewal: str | None
     age_seconds: float | None
-    """Age by this machine's clock."""
+    """Age by the API server's clock, which stamps each write and each answer."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +98,23 @@ class OrderWatch:
         """Follow until closed."""
         backoff_seconds = 1.0
         while not self._closed.is_set():
-            started_seconds = time.monotonic()
+            started_seconds = now_seconds()
+            problem: ApiError | None = None
+            exists = True
             try:
                 exists = self.follow()
-                pause_seconds = 0.1 if exists else MISSING_SECONDS
-                backoff_seconds = 1.0
             except ApiError as error:
-                if time.monotonic() - started_seconds > MAX_BACKOFF_SECONDS:
-                    backoff_seconds = 1.0  # it had worked for a while
-                pause_seconds = backoff_seconds
-                backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
-                _log.warning("orders: %s; trying again in %.0f s", error, pause_seconds)
-            self._closed.wait(pause_seconds * _spread.uniform(0.7, 1.3))
+                problem = error
+            if now_seconds() - started_seconds > WORKED_SECONDS:
+                backoff_seconds = 1.0
+            if not exists:
+                pause_seconds, backoff_seconds = MISSING_SECONDS, 1.0
+            else:
+                pause_seconds, backoff_seconds = backoff_seconds, min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
+            if problem is not None:
+                pause_seconds = max(pause_seconds, problem.retry_after_seconds or 0.0)
+                _log.warning("orders: %s; trying again in %.0f s", problem, pause_seconds)
+            self._closed.wait(pause_seconds * _spread.uniform(1.0, 1.3))
 
     def follow(self) -> bool:
         """Read the object, then watch it until the server ends the watch. Returns whether it exists.
@@ -179,6 +186,8 @@ class StatusLink:
         self._closed = False
         self._renewal: str | None = None
         self._lease_changed = False
+        self._not_before_seconds = now_seconds()
+        """The API server wants to be left alone until then."""
 
     def put(self, status: NodeEnergyStatus) -> None:
         """Hand over a status; one that was not written yet is superseded."""
@@ -199,11 +208,12 @@ class StatusLink:
 
     def run(self) -> None:
         """Serve until closed."""
-        lease_due_seconds = time.monotonic()
+        lease_due_seconds = now_seconds()
         while not self._closed:
             with self._wake:
+                self._wake.wait_for(lambda: self._closed, max(0.0, self._not_before_seconds - now_seconds()))
                 self._wake.wait_for(
-                    lambda: self._next is not None or self._closed, max(0.0, lease_due_seconds - time.monotonic())
+                    lambda: self._next is not None or self._closed, max(0.0, lease_due_seconds - now_seconds())
                 )
                 status, self._next = self._next, None
                 self._writing = status is not None
@@ -212,16 +222,22 @@ class StatusLink:
                 with self._wake:
                     self._writing = False
                     self._wake.notify_all()
-            if time.monotonic() >= lease_due_seconds:
+            if now_seconds() >= max(lease_due_seconds, self._not_before_seconds):
                 self.read_lease()
                 pause_seconds = LEASE_SECONDS if self._lease_changed else FIRST_LEASE_SECONDS
-                lease_due_seconds = time.monotonic() + pause_seconds * _spread.uniform(0.8, 1.0)
+                lease_due_seconds = now_seconds() + pause_seconds * _spread.uniform(0.8, 1.0)
+
+    def _leave_alone(self, error: ApiError) -> None:
+        if error.retry_after_seconds:
+            pause_seconds = error.retry_after_seconds * _spread.uniform(1.0, 1.3)
+            self._not_before_seconds = now_seconds() + pause_seconds
 
     def write(self, status: NodeEnergyStatus) -> None:
         """Write the status once."""
         try:
             self._client.merge_patch(self._status_path, {"status": status.to_api()})
         except ApiError as error:
+            self._leave_alone(error)
             if error.status != 404:
                 _log.warning("status: %s", error)
             self._post(StatusWritten(str(error), missing=error.status == 404))
@@ -231,21 +247,43 @@ class StatusLink:
     def read_lease(self) -> None:
         """Read the lease once."""
         try:
-            lease = self._client.get(self._lease_path)
+            found = self._client.get_dated(self._lease_path)
         except ApiError as error:
+            self._leave_alone(error)
             _log.warning("lease: %s", error)
             return
-        renewal = (lease or {}).get("spec", {}).get("renewTime")
-        age_seconds = None
-        if isinstance(renewal, str):
-            try:
-                age_seconds = time.time() - parse_timestamp(renewal)
-            except ValueError:
-                renewal = None
-        else:
-            renewal = None
-        trusted = age_seconds is not None and abs(age_seconds) <= TRUSTED_AGE_SECONDS
+        renewal, age_seconds = parse_lease(*found) if found is not None else (None, None)
+        trusted = age_seconds is not None and age_seconds <= TRUSTED_AGE_SECONDS
         if trusted or (self._renewal is not None and renewal != self._renewal):
             self._lease_changed = True
         self._renewal = renewal
         self._post(LeaseSeen(renewal, age_seconds))
+
+
+def parse_lease(lease: Json, server_unix_seconds: float | None) -> tuple[str | None, float | None]:
+    """Return the lease's ``renewTime`` and how long ago the lease was written, in seconds.
+
+    Both moments of the age are of the API server's clock: when it answered, and its stamp of the last write
+    (``managedFields``). The ``renewTime`` is by the operator's clock, which may be hours from it and from ours.
+    """
+    spec, metadata = lease.get("spec"), lease.get("metadata")
+    renewal = spec.get("renewTime") if isinstance(spec, dict) else None
+    if _seconds(renewal) is None:
+        return None, None
+    entries = metadata.get("managedFields") if isinstance(metadata, dict) else None
+    stamps = [
+        seconds
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and (seconds := _seconds(entry.get("time"))) is not None
+    ]
+    if server_unix_seconds is None or not stamps:
+        return renewal, None
+    return renewal, max(0.0, server_unix_seconds - max(stamps))
+
+
+def _seconds(text: object) -> float | None:
+    """Return seconds since 1970, or None where the text is no time."""
+    try:
+        return parse_timestamp(text) if isinstance(text, str) else None
+    except ValueError:
+        return None

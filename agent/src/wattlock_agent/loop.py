@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
+from wattlock_api.boottime import now_seconds
 from wattlock_api.constants import Mode
 from wattlock_api.nodeenergy import NodeEnergyStatus
 
 from wattlock_agent import kube
 from wattlock_agent.agent import Agent, NoJournal
 from wattlock_agent.api_client import ApiClient
-from wattlock_agent.boottime import now_seconds
 from wattlock_agent.clock import Clock
 from wattlock_agent.driver_session import DriverMismatchError, DriverSession
 from wattlock_agent.events import Event, HoldersSeen, ScrapeDone, ThreadFailed

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from wattlock_api.constants import LEASE_NAME, STALE_ORDERS_SECONDS
 
-#: A lease renewed so recently by our own clock is taken for alive at once at the start. Only a shortcut: where the
-#: clocks of the machines differ, the agent waits until it has seen the lease change.
+#: A lease written so recently is taken for alive at once at the start: by the API server's clock alone, see
+#: ``kube.parse_lease``. Else the agent waits until it has seen the lease change.
 TRUSTED_AGE_SECONDS = 60.0
 
 
@@ -26,7 +26,7 @@ def api_answered(freshness: Freshness, now_seconds: float) -> Freshness:
 
 
 def lease_read(freshness: Freshness, now_seconds: float, renewal: str | None, age_seconds: float | None) -> Freshness:
-    """Note the lease's ``renewTime`` (``None``: there is no lease) and its age by our own clock.
+    """Note the lease's ``renewTime`` (``None``: there is no lease) and its age by the API server's clock.
 
     Whether the operator lives is judged by when *we* saw the text change, so clocks need not agree.
     """
@@ -34,7 +34,7 @@ def lease_read(freshness: Freshness, now_seconds: float, renewal: str | None, ag
     if renewal is None:
         return freshness
     if freshness.lease_renewal is None:
-        trusted = age_seconds is not None and abs(age_seconds) <= TRUSTED_AGE_SECONDS
+        trusted = age_seconds is not None and age_seconds <= TRUSTED_AGE_SECONDS
         return replace(freshness, lease_renewal=renewal, lease_changed_seconds=now_seconds if trusted else None)
     if renewal == freshness.lease_renewal:
         return freshness

@@ -35,8 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for chatty in ("kopf", "urllib3", "kubernetes", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.INFO if options.verbose else logging.WARNING)
-    # A policy that waits for its GPUs is no error; its status says what it waits for.
-    logging.getLogger("kopf.objects").addFilter(lambda record: "failed temporarily" not in record.getMessage())
     try:
         settings = from_environment(os.environ)
         match options.command:

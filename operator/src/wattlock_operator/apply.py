@@ -1,8 +1,13 @@
-"""Carries a decision out: writes to the API server, only what differs, each failure told and tried again."""
+"""Carries a decision out: writes to the API server, only what differs, each failure told and tried again.
+
+An operator that leads no more must not write what it decided while it did. Before each write it looks whether it still
+leads; and what it changes is written only over what was decided on, so that the API server refuses a write that was
+held up on its way while another operator wrote.
+"""
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -14,6 +19,7 @@ from wattlock_api.constants import (
     AGENT_COMPONENT,
     API_VERSION,
     COMPONENT_LABEL,
+    FINALIZER,
     PEER_POWER_ANNOTATION,
     PLACEMENT_LABEL,
     PUBLISHED_PROFILE,
@@ -27,7 +33,8 @@ from wattlock_operator.events import Telling
 from wattlock_operator.kube import Kube, KubeError
 from wattlock_operator.metrics import Metrics
 from wattlock_operator.placement import FINGERPRINT_ANNOTATION, MANAGED_BY_LABEL, MANAGER
-from wattlock_operator.world import DaemonSetView, PolicyView
+from wattlock_operator.store import NODE_ENERGY, POLICY, Kind, Store
+from wattlock_operator.world import DaemonSetView, NodeEnergyView, PolicyView
 
 log = logging.getLogger(__name__)
 
@@ -104,54 +111,150 @@ def event_body(telling: Telling, identity: str, now_seconds: float) -> dict[str,
     }
 
 
-class Applier:
-    """Writes decisions. Blocking; its methods never raise for a single failed write."""
+def orders_body(node: str, orders: Sequence[Order], peer_power: str) -> dict[str, Any]:
+    """Return a new NodeEnergy."""
+    body = api.manifest("NodeEnergy", node)
+    if peer_power:
+        body["metadata"]["annotations"] = {PEER_POWER_ANNOTATION: peer_power}
+    return body | {"spec": {"orders": [order.to_api() for order in orders]}}
 
-    def __init__(self, kube: Kube, agent_namespace: str, identity: str, metrics: Metrics) -> None:
+
+def orders_patch(orders: Sequence[Order], peer_power: str, present: NodeEnergyView) -> list[dict[str, Any]]:
+    """Return the patch that gives a NodeEnergy its orders, if its spec is the one that was decided on.
+
+    The generation grows with each change of the spec and of nothing else. The resourceVersion would not do: an agent's
+    report changes it, and where the API server is slow there always was a report meanwhile.
+    """
+    patch: list[dict[str, Any]] = [
+        {"op": "test", "path": "/metadata/uid", "value": present.uid},
+        {"op": "test", "path": "/metadata/generation", "value": present.generation},
+        {"op": "add", "path": "/spec", "value": {"orders": [order.to_api() for order in orders]}},
+    ]
+    annotation = "/metadata/annotations/" + PEER_POWER_ANNOTATION.replace("/", "~1")
+    if peer_power and not present.annotated:
+        patch.append({"op": "add", "path": "/metadata/annotations", "value": {PEER_POWER_ANNOTATION: peer_power}})
+    elif peer_power:
+        patch.append({"op": "add", "path": annotation, "value": peer_power})
+    elif present.peer_power:
+        patch.append({"op": "remove", "path": annotation})
+    return patch
+
+
+class NotLeadingError(Exception):
+    """Another operator may lead: nothing more is written."""
+
+
+def _as_it_was(version: str) -> dict[str, str]:
+    """Return the metadata by which the API server refuses a write over any other version."""
+    return {"resourceVersion": version} if version else {}
+
+
+class Applier:
+    """Writes decisions. Blocking; its methods never raise for a single failed write.
+
+    All may raise KubeError when the API server does not answer or wants to be left alone, and NotLeadingError.
+    """
+
+    def __init__(
+        self,
+        kube: Kube,
+        agent_namespace: str,
+        identity: str,
+        metrics: Metrics,
+        store: Store,
+        is_leading: Callable[[], bool],
+    ) -> None:
         self._kube, self._namespace, self._identity, self._metrics = kube, agent_namespace, identity, metrics
+        self._store, self._is_leading = store, is_leading
 
     def _try(self, kind: str, verb: str, name: str, write: Callable[[], object]) -> bool:
+        if not self._is_leading():
+            raise NotLeadingError
         try:
             write()
         except KubeError as error:
-            gone = error.status in (404, 409) and kind in ("EnergyPolicy", "Event")
-            log.log(logging.INFO if gone else logging.WARNING, "could not %s %s %s: %s", verb, kind, name, error)
-            if not gone:
+            # Somebody else was faster: a user, an agent, or another operator. The next pass looks again.
+            overtaken = error.status in (404, 409) or isinstance(error, api.OvertakenError)
+            log.log(logging.INFO if overtaken else logging.WARNING, "could not %s %s %s: %s", verb, kind, name, error)
+            if not overtaken:
                 self._metrics.failed(kind)
-            if error.status is None:
-                raise  # no answer at all: the rest of the pass would only wait for more time-outs
+            if error.ends_pass:
+                raise
             return False
         self._metrics.wrote(kind, verb)
         return True
 
-    def write_orders(self, node: str, orders: Sequence[Order], peer_power: str = "") -> bool:
-        """Write the orders of a node, and the power of its instances on other nodes."""
-        return self._try("NodeEnergy", "apply", node, partial(self._write_orders, node, orders, peer_power))
+    def _change(self, kind: Kind, verb: str, path: str, name: str, write: Callable[[], api.Json]) -> bool:
+        """Write an object of ours, and know at once what it is like now: the watch tells it a little later."""
 
-    def _write_orders(self, node: str, orders: Sequence[Order], peer_power: str) -> None:
-        path, body = api.node_energy_path(node), api.manifest("NodeEnergy", node)
-        if not orders:
-            # Applying an empty list over entries that we own removes spec itself, which the schema refuses.
+        def change() -> None:
             try:
-                self._kube.merge(
-                    path, {"spec": {"orders": []}, "metadata": {"annotations": {PEER_POWER_ANNOTATION: None}}}
-                )
+                body = write()
             except KubeError as error:
-                if error.status != 404:
-                    raise
-                self._kube.request("POST", api.NODE_ENERGIES, body=body | {"spec": {}})
-            return
-        if peer_power:
-            body["metadata"]["annotations"] = {PEER_POWER_ANNOTATION: peer_power}
-        self._kube.apply(path, body | {"spec": {"orders": [order.to_api() for order in orders]}})
+                if error.status in (409, 422):
+                    found = self._kube.get(path)
+                    if found is not None:
+                        self._store.put(kind, found)
+                raise
+            self._store.put(kind, body)
+
+        return self._try(kind.name, verb, name, change)
+
+    def write_orders(
+        self, node: str, orders: Sequence[Order], peer_power: str = "", present: NodeEnergyView | None = None
+    ) -> bool:
+        """Write the orders of a node, and the power of its instances on other nodes."""
+        path = api.node_energy_path(node)
+        if present is None:
+            create = partial(self._kube.create, api.NODE_ENERGIES, orders_body(node, orders, peer_power))
+            return self._change(NODE_ENERGY, "create", path, node, create)
+        write = partial(self._kube.amend, path, orders_patch(orders, peer_power, present))
+        return self._change(NODE_ENERGY, "patch", path, node, write)
 
     def write_status(self, policy: PolicyView, status: EnergyPolicyStatus) -> bool:
         """Write the status of a policy: of that very object, not of a later one of its name."""
         body = api.manifest("EnergyPolicy", policy.name, policy.namespace)
-        body["metadata"]["uid"] = policy.uid
+        body["metadata"] |= {"uid": policy.uid} | _as_it_was(policy.version)
         body["status"] = status.to_api()
-        path = api.policy_path(policy.namespace, policy.name) + "/status"
-        return self._try("EnergyPolicy", "apply", policy.title, lambda: self._kube.apply(path, body))
+        path = api.policy_path(policy.namespace, policy.name)
+        write = partial(self._kube.apply, path + "/status", body)
+        return self._change(POLICY, "apply", path, policy.title, write)
+
+    def _set_finalizers(self, policy: PolicyView, finalizers: Sequence[str]) -> bool:
+        path = api.policy_path(policy.namespace, policy.name)
+        # The list is replaced as a whole: only as long as nobody else has touched it.
+        body = {"metadata": {"uid": policy.uid, "finalizers": list(finalizers)} | _as_it_was(policy.version)}
+        return self._change(POLICY, "patch", path, policy.title, partial(self._kube.merge, path, body))
+
+    def claim(self, policies: Iterable[PolicyView]) -> bool:
+        """Make the deletion of new policies wait for us; return whether there was such a policy."""
+        new = [policy for policy in policies if not policy.finalizer and not policy.deleting]
+        for policy in new:
+            self._set_finalizers(policy, (*policy.finalizers, FINALIZER))
+        return bool(new)
+
+    def let_go(self, policies: Iterable[PolicyView]) -> bool:
+        """Let deleted policies go; return whether that went well."""
+        well = True
+        for policy in policies:
+            if policy.finalizer:
+                well &= self._set_finalizers(policy, [name for name in policy.finalizers if name != FINALIZER])
+        return well
+
+    def _tell(self, telling: Telling, now_seconds: float) -> None:
+        body = event_body(telling, self._identity, now_seconds)
+        path = f"/api/v1/namespaces/{telling.policy.namespace}/events"
+        self._try("Event", "create", telling.reason, partial(self._kube.request, "POST", path, body=body))
+
+    def _write_status_and_tell(
+        self, policy: PolicyView, status: EnergyPolicyStatus, tellings: Sequence[Telling], now_seconds: float
+    ) -> bool:
+        """Write a status and the Events about it: where another operator has written it, that one tells them."""
+        if not self.write_status(policy, status):
+            return False
+        for telling in tellings:
+            self._tell(telling, now_seconds)
+        return True
 
     def apply(self, decision: Decision, now_seconds: float) -> tuple[bool, frozenset[str]]:
         """Carry a decision out.
@@ -160,31 +263,37 @@ class Applier:
             Whether all went well, and the UIDs of the policies whose status could not be written.
 
         Raises:
-            KubeError: the API server does not answer.
+            KubeError: the API server does not answer, or wants to be left alone.
+            NotLeadingError: the rest is not written.
         """
         well = True
+        tellings: dict[str, list[Telling]] = {}
+        for telling in decision.tellings:
+            tellings.setdefault(telling.policy.uid, []).append(telling)
+
+        def show(entry: tuple[PolicyView, EnergyPolicyStatus]) -> bool:
+            policy, status = entry
+            return self._write_status_and_tell(policy, status, tellings.get(policy.uid, ()), now_seconds)
+
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="write") as pool:
             well &= all(
                 pool.map(
                     lambda node: self.write_orders(
-                        node, decision.write_orders[node], decision.peer_powers.get(node, "")
+                        node,
+                        decision.write_orders[node],
+                        decision.peer_powers.get(node, ""),
+                        decision.present.get(node),
                     ),
                     decision.write_orders,
                 )
             )
             for node in decision.delete_node_energies:
-                path = api.node_energy_path(node)
-                well &= self._try("NodeEnergy", "delete", node, partial(self._kube.delete, path))
+                delete = partial(self._kube.delete, api.node_energy_path(node), decision.present[node].uid)
+                well &= self._try("NodeEnergy", "delete", node, delete)
             well &= self._daemon_sets(decision)
-            written = list(pool.map(lambda entry: self.write_status(*entry), decision.write_statuses))
-            list(pool.map(lambda telling: self._tell(telling, now_seconds), decision.tellings))
+            written = list(pool.map(show, decision.write_statuses))
         failed = [policy.uid for (policy, _), fine in zip(decision.write_statuses, written, strict=True) if not fine]
         return well and not failed, frozenset(failed)
-
-    def _tell(self, telling: Telling, now_seconds: float) -> None:
-        body = event_body(telling, self._identity, now_seconds)
-        path = f"/api/v1/namespaces/{telling.policy.namespace}/events"
-        self._try("Event", "create", telling.reason, partial(self._kube.request, "POST", path, body=body))
 
     def _daemon_sets(self, decision: Decision) -> bool:
         well = True

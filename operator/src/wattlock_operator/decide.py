@@ -17,7 +17,7 @@ from wattlock_operator.placement import DaemonSets, TemplateError, plan_daemon_s
 from wattlock_operator.release import Release, locked_uuids, release_of
 from wattlock_operator.reports import PoolKey, collect
 from wattlock_operator.status import report_policy, urgent_change
-from wattlock_operator.world import PolicyView, World
+from wattlock_operator.world import NodeEnergyView, PolicyView, World
 
 #: Numbers alone are written this often.
 NUMBERS_SECONDS = 20.0
@@ -60,6 +60,8 @@ class Decision:
 
     write_orders: Mapping[str, tuple[Order, ...]]
     """NodeEnergies to write, by node."""
+    present: Mapping[str, NodeEnergyView]
+    """The NodeEnergies that the decision looked at, by node."""
     peer_powers: Mapping[str, str]
     """Annotation of those of them that have one, by node."""
     delete_node_energies: tuple[str, ...]
@@ -188,6 +190,7 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         written[policy.uid] = Written(status, now_seconds)
     return Decision(
         write_orders=write,
+        present=world.node_energies,
         peer_powers={node: text for node, text in powers.items() if node in write},
         delete_node_energies=delete,
         daemon_sets=daemon_sets,

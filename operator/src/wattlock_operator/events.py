@@ -4,7 +4,7 @@ Two bounds, as client-go's correlator has them (tools/record/events_cache.go): o
 of an object, so that a policy that flaps between ever new reasons cannot fill the cluster's events either.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from wattlock_api.base import Condition
@@ -63,6 +63,14 @@ class Told:
             reasons = {key: time for key, time in reasons.items() if now_seconds - time < REPEAT_SECONDS}
         if len(spent) > MAX_MEMORY:
             spent = {each: entry for each, entry in spent.items() if now_seconds - entry[1] < BURST * REFILL_SECONDS}
+        return Told(reasons, spent)
+
+    def untold(self, uids: Set[str], before: "Told") -> "Told":
+        """Return the memory with that of some policies (UIDs) as it was before: nothing was told of them after all."""
+        reasons = {key: time for key, time in self.reasons.items() if key[0] not in uids}
+        spent = {uid: entry for uid, entry in self.spent.items() if uid not in uids}
+        reasons |= {key: time for key, time in before.reasons.items() if key[0] in uids}
+        spent |= {uid: entry for uid, entry in before.spent.items() if uid in uids}
         return Told(reasons, spent)
 
 

@@ -1,13 +1,17 @@
-"""Kopf handlers: watch events go into the store; a deleted policy waits until its GPUs are released."""
+"""Kopf's watches: what they see goes into the store. Kopf writes nothing.
+
+A policy's finalizer is set and removed by the passes of the one operator that leads (``apply``). Kopf would do it in
+every replica, by handlers; and it removes a finalizer that it knows and that none of its handlers needs.
+"""
 
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import kopf
-from wattlock_api.constants import FINALIZER, GROUP, VERSION
+from wattlock_api.constants import GROUP, VERSION
 
 from wattlock_operator.store import NODE, NODE_ENERGY, POD, POLICY, PROFILE, Kind, Store
 
@@ -28,7 +32,7 @@ class _Backoffs:
 
 
 def configure(settings: kopf.OperatorSettings) -> None:
-    """Set what Kopf does by itself: bounded watches, no log lines as Events, our own names on policies."""
+    """Set what Kopf does by itself: bounded watches, no log lines as Events, hands off our finalizer."""
     settings.posting.enabled = False
     settings.peering.standalone = True
     # Watches that fall silent are the classic trouble (nolar/kopf 955, 1094): end them from both sides.
@@ -42,9 +46,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.execution.max_workers = 2
     settings.queueing.worker_limit = 64
     settings.process.ultimate_exiting_timeout = 20
-    settings.persistence.finalizer = FINALIZER
-    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=GROUP, key="last-handled")
+    settings.persistence.finalizer = f"{GROUP}/of-no-handler"
 
 
 def _watch(registry: kopf.OperatorRegistry, resource: tuple[str, ...], kind: Kind, store: Store) -> None:
@@ -57,8 +59,8 @@ def _watch(registry: kopf.OperatorRegistry, resource: tuple[str, ...], kind: Kin
     kopf.on.event(*resource, id=f"see-{kind.name}", registry=registry)(see)
 
 
-def register(store: Store, is_released: Callable[[str], bool]) -> kopf.OperatorRegistry:
-    """Return a registry with all handlers."""
+def register(store: Store) -> kopf.OperatorRegistry:
+    """Return a registry with all watches."""
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry)
@@ -72,10 +74,5 @@ def register(store: Store, is_released: Callable[[str], bool]) -> kopf.OperatorR
 
     for resource, kind in _WATCHED:
         _watch(registry, resource, kind, store)
-
-    @kopf.on.delete(GROUP, VERSION, "energypolicies", id="release-gpus", registry=registry)
-    async def wait_for_release(uid: str, retry: int, **_: Any) -> None:
-        if not is_released(uid):
-            raise kopf.TemporaryError("GPUs are not released yet", delay=1 if retry < 30 else 5)
 
     return registry

@@ -4,19 +4,24 @@ Blocking: the operator calls it from worker threads.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import kubernetes
 import urllib3
+from wattlock_api.answers import read_bounded, retry_after_seconds
 from wattlock_api.constants import API_VERSION, GROUP, OPERATOR_FIELD_MANAGER, VERSION
 
 Json = dict[str, Any]
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
+#: From the head of an answer to its end.
+WHOLE_SECONDS = 60.0
+#: A page of 500 pods has a few megabytes.
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
 #: Objects of a page of a list.
 PAGE = 500
 #: Pages of a list that are read before it is given up as endless.
@@ -36,8 +41,18 @@ class KubeError(Exception):
     def __init__(self, message: str, status: int | None, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
         self.status = status
-        """HTTP status; None when there was no answer."""
+        """HTTP status; None when there was no (whole) answer."""
         self.retry_after_seconds = retry_after_seconds
+        """For how long the API server wants to be left alone, where it says so."""
+
+    @property
+    def ends_pass(self) -> bool:
+        """Whether there is no point in asking for anything else now: no answer, or overload."""
+        return self.status is None or self.status in (429, 503) or self.retry_after_seconds is not None
+
+
+class OvertakenError(KubeError):
+    """A JSON patch was refused because a test in it failed: the object is not what it was."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +83,21 @@ class Kube:
                 method, full, header_params=headers, body=body, auth_settings=["BearerToken"]
             )
             answer = self.client.call_api(*arguments, _request_timeout=(CONNECT_SECONDS, READ_SECONDS))
-            content = answer.read() or b"{}"
+            with answer.response:  # closed unless read to its end, which leaves the connection for the next request
+                content = read_bounded(answer.response, MAX_ANSWER_BYTES, WHOLE_SECONDS)
         except (urllib3.exceptions.HTTPError, OSError, kubernetes.client.ApiException) as error:
             raise KubeError(f"{method} {path}: no answer from the API server ({error})"[:500], None) from error
         try:
             parsed = json.loads(content)
-        except ValueError as error:
-            raise KubeError(f"{method} {path}: HTTP {answer.status}, not JSON", answer.status) from error
+        except ValueError:
+            parsed = None
         if not 200 <= answer.status < 300:
             message = parsed.get("message", "") if isinstance(parsed, dict) else ""
-            raise KubeError(f"{method} {path}: HTTP {answer.status}: {message}"[:1000], answer.status)
-        return parsed if isinstance(parsed, dict) else {}
+            wait_seconds = retry_after_seconds(answer.headers)
+            raise KubeError(f"{method} {path}: HTTP {answer.status}: {message}"[:1000], answer.status, wait_seconds)
+        if not isinstance(parsed, dict):
+            raise KubeError(f"{method} {path}: HTTP {answer.status}, but the answer is no JSON object", answer.status)
+        return parsed
 
     def get(self, path: str) -> Json | None:
         """Return an object, or None when there is none.
@@ -87,11 +106,14 @@ class Kube:
             KubeError: any other failure.
         """
         try:
-            return self.request("GET", path)
+            body = self.request("GET", path)
         except KubeError as error:
             if error.status == 404:
                 return None
             raise
+        if not isinstance(body.get("metadata"), dict):
+            raise KubeError(f"GET {path}: the answer is no object of the API", 200)
+        return body
 
     def list_all(self, path: str, label_selector: str = "") -> Iterator[Json]:
         """Yield the objects of a collection, page by page.
@@ -102,8 +124,12 @@ class Kube:
         query = {"limit": str(PAGE)} | ({"labelSelector": label_selector} if label_selector else {})
         for _ in range(MAX_PAGES):
             page = self.request("GET", path, query)
-            yield from page.get("items") or []
-            proceed = (page.get("metadata") or {}).get("continue")
+            metadata, items = page.get("metadata"), page.get("items", [] if "kind" in page else None)
+            # An answer that is something else must not pass for an empty list: everything would seem to be gone.
+            if not isinstance(metadata, dict) or not isinstance(items, list) or not all(map(_is_object, items)):
+                raise KubeError(f"GET {path}: the answer is no list of the API", 200)
+            yield from items
+            proceed = metadata.get("continue")
             if not proceed:
                 return
             query["continue"] = proceed
@@ -127,7 +153,31 @@ class Kube:
         query = {"fieldManager": OPERATOR_FIELD_MANAGER}
         return self.request("PATCH", path, query, dict(patch), "application/merge-patch+json")
 
-    def delete(self, path: str, uid: str | None = None) -> None:
+    def create(self, path: str, manifest: Mapping[str, Any]) -> Json:
+        """Create an object in a collection.
+
+        Raises:
+            KubeError: it failed; with status 409 where there is one of its name.
+        """
+        return self.request("POST", path, {"fieldManager": OPERATOR_FIELD_MANAGER}, dict(manifest))
+
+    def amend(self, path: str, operations: Sequence[Mapping[str, Any]]) -> Json:
+        """Change an object by a JSON patch (RFC 6902), whole or not at all: its tests are made by the API server.
+
+        Raises:
+            OvertakenError: a test failed.
+            KubeError: any other failure.
+        """
+        query = {"fieldManager": OPERATOR_FIELD_MANAGER}
+        try:
+            return self.request("PATCH", path, query, list(operations), "application/json-patch+json")
+        except KubeError as error:
+            # All that the API server says of a patch that does not fit; what its schema refuses reads otherwise.
+            if error.status == 422 and "the server rejected our request" in str(error):
+                raise OvertakenError(str(error), error.status) from error
+            raise
+
+    def delete(self, path: str, uid: str = "") -> None:
         """Delete an object; one that is gone already is fine. With a UID: that very object only.
 
         Raises:
@@ -141,6 +191,10 @@ class Kube:
         except KubeError as error:
             if error.status != 404:
                 raise
+
+
+def _is_object(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("metadata"), dict)
 
 
 def connect() -> Kube:

@@ -3,22 +3,25 @@
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import yaml
+from wattlock_api.boottime import now_seconds
 from wattlock_api.constants import LEASE_RENEW_SECONDS
 
 from wattlock_operator import kube as api
-from wattlock_operator.apply import Applier, ensure_published_profile, read_daemon_sets
+from wattlock_operator.apply import Applier, NotLeadingError, ensure_published_profile, read_daemon_sets
 from wattlock_operator.decide import STATES_SECONDS, Decision, Memory, decide
 from wattlock_operator.kube import Kube, KubeError
-from wattlock_operator.lease import DURATION_SECONDS, Lease
+from wattlock_operator.lease import LEADING_SECONDS, Lease
 from wattlock_operator.metrics import Metrics
 from wattlock_operator.settings import Settings
 from wattlock_operator.store import NODE, NODE_ENERGY, POD, POLICY, PROFILE, Store
+from wattlock_operator.world import DaemonSetView, World
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +31,11 @@ DEBOUNCE_SECONDS = 0.25
 PAUSE_SECONDS = 0.5
 #: The world is looked at so often even when nothing changed.
 PERIOD_SECONDS = 15.0
-#: After a failed pass.
+#: After a failed pass; twice as long after each further one.
 RETRY_SECONDS = 2.0
+MAX_RETRY_SECONDS = 15.0
+#: A stopping operator waits so long for the pass in progress, which ends with the write in progress.
+LAST_WRITE_SECONDS = 10.0
 #: Whole lists are read so often: a watch may miss a deletion while it reconnects.
 RESYNC_SECONDS = 300.0
 #: Without a sign of life for so long the operator is to be restarted. Longer than a pass that meets time-outs.
@@ -59,14 +65,17 @@ class Reconciler:
 
     def __init__(self, settings: Settings, kube: Kube, metrics: Metrics) -> None:
         self._settings, self._kube, self._metrics = settings, kube, metrics
-        self._applier = Applier(kube, settings.agent_namespace, settings.identity, metrics)
-        self._lease = Lease(kube, settings.namespace, settings.identity)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._dirty = asyncio.Event()
         self.store = Store(self._mark)
-        self._memory = Memory()
-        self._released: frozenset[str] = frozenset()
-        self._leading_until, self._deposed = 0.0, False
+        self._applier = Applier(
+            kube, settings.agent_namespace, settings.identity, metrics, self.store, lambda: self.leading
+        )
+        self._lease = Lease(kube, settings.namespace, settings.identity)
+        self._leading_until_seconds, self._stopping = 0.0, False
+        self._memory, self._term = Memory(), 0
+        self._in_pass = threading.Lock()
+        self._failures = 0
         self._beat = time.monotonic()
         self._synced, self._resync_at = False, 0.0
 
@@ -78,7 +87,7 @@ class Reconciler:
     @property
     def leading(self) -> bool:
         """Whether the lease is ours. Without an answer of the API server it lapses by itself."""
-        return time.monotonic() < self._leading_until
+        return not self._stopping and now_seconds() < self._leading_until_seconds
 
     @property
     def alive(self) -> bool:
@@ -87,107 +96,137 @@ class Reconciler:
 
     @property
     def ready(self) -> bool:
-        """Whether the world is known."""
+        """Whether the world is known: then this one leads, or can at once."""
         return self._synced
-
-    def is_released(self, uid: str) -> bool:
-        """Return whether a deleted policy may go, by the last decision."""
-        return self.leading and uid in self._released
 
     def _resync(self) -> None:
         for kind, path in _ALL_LISTS:
             self.store.replace(kind, self._kube.list_all(path))
 
     async def lead(self) -> None:
-        """Keep the lease."""
+        """Keep the lease, or stand by for it."""
+        led: bool | None = None
         while True:
+            asked_seconds = now_seconds()
+            pause_seconds = RETRY_SECONDS
             try:
-                asked_at = time.monotonic()
-                was_leading = self.leading
-                if await asyncio.to_thread(self._lease.renew, time.time()):
-                    self._leading_until = asked_at + DURATION_SECONDS
-                    if not was_leading:
-                        log.info("leading as %s", self._settings.identity)
-                        self._dirty.set()
+                if await asyncio.to_thread(self._lease.renew):
+                    self._leading_until_seconds = asked_seconds + LEADING_SECONDS
+                    pause_seconds = max(RETRY_SECONDS, asked_seconds + LEASE_RENEW_SECONDS - now_seconds())
                 else:
-                    self._leading_until, self._deposed = 0.0, True
-                    log.info("another operator holds the lease: standing by")
+                    self._leading_until_seconds = 0.0
+                if self.leading is not led:
+                    led = self.leading
+                    if led:
+                        log.info("leading as %s", self._settings.identity)
+                    else:
+                        log.info("another operator holds the lease: standing by")
+                    self._dirty.set()
             except KubeError as error:
                 log.warning("the lease could not be renewed: %s", error)
                 self._metrics.failed("Lease")
-            await asyncio.sleep(LEASE_RENEW_SECONDS if self.leading else RETRY_SECONDS)
+                pause_seconds = max(pause_seconds, error.retry_after_seconds or 0.0)
+                if not self.leading:
+                    led = None
+            await asyncio.sleep(pause_seconds)
 
     async def run(self) -> None:
         """Run until cancelled."""
         self._loop = asyncio.get_running_loop()
-        profile_ensured = False
         while True:
             self._beat = time.monotonic()
-            wait = PERIOD_SECONDS
+            wait_seconds, hold_seconds = PERIOD_SECONDS, PAUSE_SECONDS
+            self._dirty.clear()
             try:
-                if time.monotonic() >= self._resync_at:
-                    await asyncio.to_thread(self._resync)
-                    self._synced, self._resync_at = True, time.monotonic() + RESYNC_SECONDS
-                self._dirty.clear()
-                if self.leading and self._deposed:
-                    # Another one led meanwhile and wrote the sums on: ours are old. Go on from what it wrote.
-                    await asyncio.to_thread(self._resync)
-                    self._memory, self._deposed = Memory(), False
-                if self.leading:
-                    if not profile_ensured:
-                        await asyncio.to_thread(ensure_published_profile, self._kube)
-                        profile_ensured = True
-                    wait = await asyncio.to_thread(self._pass)
+                wait_seconds = await self._turn()
+            except NotLeadingError:
+                log.info("not leading any more: the rest of the pass is left to another operator")
             except KubeError as error:
                 log.warning("the pass over the cluster was cut short: %s", error)
                 self._metrics.failed("pass")
-                wait = RETRY_SECONDS
+                hold_seconds = max(self._retry_seconds(), error.retry_after_seconds or 0.0)
+                wait_seconds = 0.0
                 if error.status is None:
                     self._resync_at = 0.0  # the watches may have missed deletions, too
             except Exception:
                 # A bug must not stop the lease or the watches; it shows in the log and in wattlock_operator_errors.
                 log.exception("the pass over the cluster failed")
                 self._metrics.failed("bug")
-                wait = PERIOD_SECONDS
-            await asyncio.sleep(PAUSE_SECONDS)
+            await asyncio.sleep(hold_seconds)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._dirty.wait(), wait)
+                await asyncio.wait_for(self._dirty.wait(), wait_seconds)
                 await asyncio.sleep(DEBOUNCE_SECONDS)
+
+    def _retry_seconds(self) -> float:
+        self._failures += 1
+        return float(min(RETRY_SECONDS * 2 ** min(self._failures - 1, 8), MAX_RETRY_SECONDS))
+
+    async def _turn(self) -> float:
+        """Make a pass if we lead; return after how many seconds to look again without a change."""
+        term = self._lease.term
+        takes_over = self.leading and term != self._term
+        if takes_over or time.monotonic() >= self._resync_at:
+            await asyncio.to_thread(self._resync)
+            self._synced, self._resync_at = True, time.monotonic() + RESYNC_SECONDS
+        if takes_over:
+            # Another one led meanwhile and wrote the sums on: ours are old. Go on from what it wrote.
+            self._memory, self._term = Memory(), term
+            await asyncio.to_thread(ensure_published_profile, self._kube)
+        if not self.leading:
+            self._metrics.show((), leading=False)  # who leads shows the policies; twice would be counted twice
+            return PERIOD_SECONDS
+        return await asyncio.to_thread(self._pass)
+
+    def _world(self, daemon_sets: tuple[DaemonSetView, ...]) -> World:
+        return self.store.world(
+            daemon_sets,
+            self._settings.agent_namespace,
+            self._settings.host_network_namespaces,
+            self._settings.allowed_placements,
+        )
 
     def _pass(self) -> float:
         """Look, decide and write; return after how many seconds to look again without a change."""
-        with self._metrics.pass_seconds.time():
-            now_seconds = time.time()
+        with self._in_pass, self._metrics.pass_seconds.time():
+            unix_seconds = time.time()
             template = read_template(self._settings)
             daemon_sets = read_daemon_sets(self._kube, self._settings.agent_namespace) if template is not None else ()
-            world = self.store.world(
-                daemon_sets,
-                self._settings.agent_namespace,
-                self._settings.host_network_namespaces,
-                self._settings.allowed_placements,
-            )
-            decision = decide(world, template, self._memory, now_seconds)
+            world = self._world(daemon_sets)
+            if self._applier.claim(world.policies):
+                world = self._world(daemon_sets)
+            decision = decide(world, template, self._memory, unix_seconds)
             self._metrics.show(
                 ((policy, decision.statuses[policy.uid]) for policy in world.policies), leading=self.leading
             )
-            self._released = decision.released
-            if not self._carry_out(decision, now_seconds):
-                return RETRY_SECONDS
+            if not self._carry_out(decision, world, unix_seconds):
+                return self._retry_seconds()
+            self._failures = 0
             return STATES_SECONDS if decision.again_soon else PERIOD_SECONDS
 
-    def _carry_out(self, decision: Decision, now_seconds: float) -> bool:
+    def _carry_out(self, decision: Decision, world: World, unix_seconds: float) -> bool:
         well, failed = False, frozenset(policy.uid for policy, _ in decision.write_statuses)
         try:
-            well, failed = self._applier.apply(decision, now_seconds)
+            well, failed = self._applier.apply(decision, unix_seconds)
         finally:
-            # A status that was not written is written next time, however little it changed.
+            # A status that was not written is written next time, however little it changed, and told of then.
             written = {uid: entry for uid, entry in decision.memory.written.items() if uid not in failed}
-            self._memory = replace(decision.memory, written=written)
-        return well
+            told = decision.memory.told.untold(failed, self._memory.told)
+            self._memory = replace(decision.memory, written=written, told=told)
+        return self._applier.let_go(policy for policy in world.policies if policy.uid in decision.released) and well
 
     async def stop(self) -> None:
-        """Give the lease up for the next operator."""
+        """Write nothing more, then give the lease up for the next operator."""
+        self._stopping = True
         try:
-            await asyncio.wait_for(asyncio.to_thread(self._lease.give_up), 10)
+            await asyncio.wait_for(asyncio.to_thread(self._hand_over), 2 * LAST_WRITE_SECONDS)
         except (KubeError, TimeoutError) as error:
             log.warning("the lease could not be given up: %s", error)
+
+    def _hand_over(self) -> None:
+        if not self._in_pass.acquire(timeout=LAST_WRITE_SECONDS):
+            log.warning("a write hangs: the lease is left to lapse by itself")
+            return
+        try:
+            self._lease.give_up()
+        finally:
+            self._in_pass.release()

@@ -49,15 +49,21 @@ class _Hook:
     def stop_operator(self) -> list[str]:
         namespace, name = self._settings.namespace, self._settings.deployment
         path = f"/apis/apps/v1/namespaces/{quote(namespace)}/deployments/{quote(name)}"
-        if self._kube.get(path) is None:
+        deployment = self._kube.get(path)
+        if deployment is None:
             self.say(f"there is no Deployment {namespace}/{name}: the operator is gone already")
             return []
         self._kube.merge(path + "/scale", {"spec": {"replicas": 0}})
         self.say(f"scaled the operator {namespace}/{name} to zero")
 
+        # Its pods, and not its status: a Deployment does not count those that are still stopping. Of several operators
+        # the one that stops last may have taken the lead for a moment, and made the DaemonSets anew.
+        labels = deployment["spec"]["selector"]["matchLabels"]
+        selector = ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
+
         def running() -> list[str]:
-            status = (self._kube.get(path) or {}).get("status") or {}
-            return [f"{status['replicas']} replica(s)"] if status.get("replicas") else []
+            pods = map(parse_pod, self._kube.list_all(f"/api/v1/namespaces/{quote(namespace)}/pods", selector))
+            return [pod.name for pod in pods if not pod.finished]
 
         return self.wait("the operator to stop", running)
 

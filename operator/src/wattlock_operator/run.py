@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 
 import kopf
+from wattlock_api.boottime import now_seconds
 
 from wattlock_operator import handlers, http
 from wattlock_operator.kube import connect
@@ -15,6 +17,47 @@ from wattlock_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
+#: After watches that failed; twice as long after each further time.
+WATCH_RETRY_SECONDS = 1.0
+MAX_WATCH_RETRY_SECONDS = 30.0
+#: Watches that held for so long had worked.
+WORKED_SECONDS = 60.0
+
+
+async def _watch(reconciler: Reconciler, metrics: Metrics, stop: asyncio.Event) -> None:
+    """Run Kopf's watches until a signal or ``stop``.
+
+    Kopf ends when the API server answers a watch with anything that it does not expect. That is no reason for the
+    process to end: the watches begin anew, from a whole list.
+    """
+    kopf_settings = kopf.OperatorSettings()
+    handlers.configure(kopf_settings)
+    loop = asyncio.get_running_loop()
+    pause_seconds = WATCH_RETRY_SECONDS
+    while not stop.is_set():
+        began_seconds = now_seconds()
+        try:
+            await kopf.operator(
+                registry=handlers.register(reconciler.store),
+                settings=kopf_settings,
+                standalone=True,
+                clusterwide=True,
+                stop_flag=stop,
+            )
+        except Exception as error:
+            log.warning("the watches ended, they begin anew in %.0f s: %r", pause_seconds, error)
+            metrics.failed("watch")
+        else:
+            return
+        # Kopf, which had set its own, heeds no signal while it does not run.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        if now_seconds() - began_seconds > WORKED_SECONDS:
+            pause_seconds = WATCH_RETRY_SECONDS
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), pause_seconds)
+        pause_seconds = min(2 * pause_seconds, MAX_WATCH_RETRY_SECONDS)
+
 
 async def run(settings: Settings, stop: asyncio.Event | None = None) -> int:
     """Run until a signal, ``stop``, or the end of one of the tasks; return the exit status."""
@@ -23,17 +66,9 @@ async def run(settings: Settings, stop: asyncio.Event | None = None) -> int:
     probes = http.Probes(metrics.registry, lambda: reconciler.alive, lambda: reconciler.ready)
     server = http.serve(settings.http_port, probes)
     log.info("serving metrics and probes on port %d", server.server_address[1])
-    kopf_settings = kopf.OperatorSettings()
-    handlers.configure(kopf_settings)
     # Else Kopf looks for the name of the user, whom a container without a passwd entry does not have.
     os.environ.setdefault("POD_ID", settings.identity)
-    watches = kopf.operator(
-        registry=handlers.register(reconciler.store, reconciler.is_released),
-        settings=kopf_settings,
-        standalone=True,
-        clusterwide=True,
-        stop_flag=stop,
-    )
+    watches = _watch(reconciler, metrics, stop or asyncio.Event())
     tasks = {
         asyncio.create_task(watches, name="watches"),
         asyncio.create_task(reconciler.run(), name="reconcile"),

@@ -31,6 +31,10 @@ PROFILE = Kind("ClockProfile", views.parse_profile)
 KINDS = (POLICY, POD, NODE, NODE_ENERGY, PROFILE)
 
 
+#: Deleted objects that are remembered: an answer that was on its way must not bring one back.
+MAX_DROPPED = 4096
+
+
 @dataclass(frozen=True)
 class _Entry:
     version: int
@@ -55,15 +59,19 @@ class Store:
         self._changed = changed
         self._lock = threading.Lock()
         self._entries: dict[str, dict[tuple[str, str], _Entry]] = {kind.name: {} for kind in KINDS}
+        self._dropped: dict[tuple[str, tuple[str, str]], int] = {}
+        """Version of the deletion, by kind and name, the latest last."""
 
     def put(self, kind: Kind, body: Mapping[str, Any]) -> None:
-        """Take in an object as a watch showed it. Older news than what is known is ignored."""
+        """Take in an object as a watch or an answer showed it. Older news than what is known is ignored."""
         key, version = _identify(body), _version(body)
         view = kind.parse(body)
         with self._lock:
             entries = self._entries[kind.name]
             known = entries.get(key)
             if known is not None and known.version > version:
+                return
+            if known is None and self._dropped.get((kind.name, key), -1) >= version:
                 return
             entries[key] = _Entry(version, view)
         if known is None or known.view != view:
@@ -75,7 +83,13 @@ class Store:
         with self._lock:
             entries = self._entries[kind.name]
             known = entries.get(key)
-            if known is None or known.version > version:
+            if known is not None and known.version > version:
+                return
+            self._dropped.pop((kind.name, key), None)
+            self._dropped[kind.name, key] = version
+            if len(self._dropped) > MAX_DROPPED:
+                del self._dropped[next(iter(self._dropped))]
+            if known is None:
                 return
             del entries[key]
         self._changed()

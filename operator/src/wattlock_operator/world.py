@@ -53,9 +53,15 @@ class PolicyView:
     deleting: bool = False
     deleted_at: str = ""
     """deletionTimestamp as the API server writes it; empty when it is not being deleted."""
-    finalizer: bool = False
-    """Whether deletion waits for us. No GPU may be locked before it does."""
+    finalizers: tuple[str, ...] = ()
     force_release: bool = False
+    version: str = field(default="", compare=False)
+    """resourceVersion: what we write is refused when it has changed meanwhile. Empty: it is written in any case."""
+
+    @property
+    def finalizer(self) -> bool:
+        """Whether deletion waits for us. No GPU may be locked before it does."""
+        return FINALIZER in self.finalizers
 
     @property
     def title(self) -> str:
@@ -139,6 +145,8 @@ class NodeEnergyView:
     status: NodeEnergyStatus | None
     peer_power: str = ""
     """The annotation as it is, see peerpower."""
+    annotated: bool = field(default=False, compare=False)
+    """Whether it has any annotation."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +230,9 @@ def parse_policy(body: Json) -> PolicyView:
         problem=problem,
         deleting=bool(metadata.get("deletionTimestamp")),
         deleted_at=str(metadata.get("deletionTimestamp") or ""),
-        finalizer=FINALIZER in _list(metadata.get("finalizers")),
+        finalizers=tuple(name for name in _list(metadata.get("finalizers")) if isinstance(name, str)),
         force_release=_mapping(metadata.get("annotations")).get(FORCE_RELEASE_ANNOTATION) == "true",
+        version=str(metadata.get("resourceVersion") or ""),
     )
 
 
@@ -361,6 +370,7 @@ def parse_node_energy(body: Json) -> NodeEnergyView:
         readable=readable,
         status=_parse_report(body.get("status")),
         peer_power=str(_mapping(metadata.get("annotations")).get(PEER_POWER_ANNOTATION) or ""),
+        annotated=bool(_mapping(metadata.get("annotations"))),
     )
 
 

@@ -4,11 +4,11 @@ import time
 from dataclasses import replace
 
 import pytest
-from wattlock_agent import boottime
 from wattlock_agent.gpu.base import GpuFault, LimiterNanoseconds
 from wattlock_agent.gpu.nvml import NvmlDriver
 from wattlock_agent.report import build_status
 from wattlock_agent.serving.scrape import Scraper
+from wattlock_api import boottime
 from wattlock_operator.poolstatus import power_cap
 from wattlock_operator.reports import NodeGpu
 

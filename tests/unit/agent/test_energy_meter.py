@@ -139,7 +139,7 @@ def test_a_machine_that_was_suspended_used_what_its_counter_says_and_no_power_is
     meter = EnergyMeter()
     for second in range(10):
         meter.add(float(second), second * 500_000, 700)
-    meter.add(3600.0, 9 * 500_000 + 80 * 3590 * 1000, 700)  # the clock goes on in suspend, see wattlock_agent.boottime
+    meter.add(3600.0, 9 * 500_000 + 80 * 3590 * 1000, 700)  # the clock goes on in suspend, see wattlock_api.boottime
     assert meter.joules == pytest.approx(9 * 500 + 80 * 3590)
     assert meter.mean_watts(20) is None
     assert meter.at(1800.0) is None

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pynvml
+from wattlock_api import boottime
 
-from wattlock_agent import boottime
 from wattlock_agent.gpu import faults, fields
 from wattlock_agent.gpu.base import DriverInfo, GpuError, GpuFault, GpuIdentity, GpuReading
 from wattlock_agent.gpu.capability import has_sys_admin

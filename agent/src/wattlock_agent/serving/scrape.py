@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from wattlock_api import boottime
 from wattlock_api.constants import Reason
 
-from wattlock_agent import boottime
 from wattlock_agent.serving.base import ScrapeFailure, ServingCounters
 from wattlock_agent.serving.pages import MAX_PAGE_BYTES, parse_page
 
