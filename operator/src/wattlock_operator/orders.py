@@ -43,10 +43,10 @@ class Orders:
     """By policy UID: members that ask for no GPU; there is nothing to order for them."""
     surplus: Mapping[str, tuple[Member, ...]]
     """By policy UID: members beyond what fits into a node's list."""
-    rollouts: Mapping[PoolKey, RolloutStatus] = field(default_factory=dict)
-    """Of the Decode pools that have, or had, something to cap."""
     refused: Mapping[str, Refusal]
     """By policy UID: why there are no orders for a policy at all."""
+    rollouts: Mapping[PoolKey, RolloutStatus] = field(default_factory=dict)
+    """Of the Decode pools that have, or had, something to cap."""
 
 
 def hides_behind_its_node(pod: PodView, world: World) -> bool:
