@@ -16,7 +16,6 @@ from wattlock_agent.agent import Agent
 from wattlock_agent.clock import Clock
 from wattlock_agent.driver_session import DriverSession
 from wattlock_agent.events import HoldersSeen
-from wattlock_agent.foreign import AFTER_RELEASE_SECONDS
 from wattlock_agent.gpu.base import DriverInfo, GpuError, GpuFault, GpuIdentity, GpuReading, LimiterNanoseconds
 from wattlock_agent.holders.base import Holders, PodName
 from wattlock_agent.journal import LockRecord
@@ -89,8 +88,7 @@ class Hardware:
         self.locks: dict[str, tuple[int, int]] = {}
         self.ours: set[str] = set()
         self.stood_before: set[str] = set()
-        """GPUs that a person has locked while we had neither a lock on them nor a record, nor just released one."""
-        self.reset_at_seconds: dict[str, float] = {}
+        """GPUs that a person has locked while we had neither a lock on them nor a record."""
         self.loaded_at_seconds = host.now_seconds
         self.faults: dict[str, GpuFault] = {}
         self.wanted_by: Callable[[str, int], str] = lambda uuid, cap_mhz: ""
@@ -122,8 +120,7 @@ class Hardware:
     def lock_by_a_person(self, uuid: str) -> None:
         self.locks[uuid] = FOREIGN
         self.ours.discard(uuid)
-        long_ago = self.host.now_seconds - self.reset_at_seconds.get(uuid, 0.0) > AFTER_RELEASE_SECONDS
-        if long_ago and uuid not in self.recorded():
+        if uuid not in self.recorded():
             self.stood_before.add(uuid)
 
     def reset_by_a_person(self, uuid: str) -> None:
@@ -136,7 +133,6 @@ class Hardware:
         self.locks.pop(uuid, None)
         self.ours.discard(uuid)
         self.stood_before.discard(uuid)
-        self.reset_at_seconds[uuid] = self.host.now_seconds
 
 
 class Driver:

@@ -13,7 +13,6 @@ from wattlock_api.base import timestamp
 from wattlock_api.constants import GpuState, Reason
 from wattlock_api.nodeenergy import Order
 
-from wattlock_agent.foreign import AFTER_RELEASE_SECONDS
 from wattlock_agent.gpu.base import GpuError, GpuFault, GpuIdentity
 from wattlock_agent.journal import Journal, JournalError, LockRecord
 from wattlock_agent.plan import (
@@ -59,7 +58,6 @@ class _Held:
     lock: AppliedLock | None = None
     low_mhz: int = 0
     written_at_seconds: float = float("-inf")
-    released_at_seconds: float = float("-inf")
     refused: Refusal | None = None
     conflict: Refusal | None = None
     contested: str = ""
@@ -123,13 +121,6 @@ class Actuator:
         """Return how long our lock on the GPU has been in force; ``None`` without one."""
         held = self._held.get(uuid)
         return None if held is None or held.lock is None else now_seconds - held.written_at_seconds
-
-    def may_be_ours(self, uuid: str, now_seconds: float) -> bool:
-        """Return whether a lock of ours is, may be or was a moment ago on the GPU."""
-        held = self._held.get(uuid)
-        return uuid in self.records() or (
-            held is not None and now_seconds - held.released_at_seconds < AFTER_RELEASE_SECONDS
-        )
 
     def view(self, identity: GpuIdentity, fault: Refusal | None) -> GpuView:
         """Return the GPU as the plan needs it."""
@@ -308,7 +299,6 @@ class Actuator:
         held.lock = None
         held.release_problem = ""
         held.undone = True
-        held.released_at_seconds = now_seconds
         held.writes += 1
         _log.info("gpu=%s released reason=%s %s", uuid, decision.reason, decision.message)
         self._forget(uuid, now_seconds)

@@ -360,7 +360,7 @@ class Agent:
         if uuid not in self.tracks:
             self._holdings.follow(reading, decision.order if decision else None, self.previous_gpu(uuid))
         view = self._view(uuid, clock.now_seconds)
-        ours = not self._journal_known or self.actuator.may_be_ours(uuid, clock.now_seconds)
+        ours = not self._journal_known or view.recorded
         found_mhz = self._foreign.add(view.identity, reading, busy_percent(reading), ours)
         if found_mhz is not None:
             _log.warning("gpu=%s sits at %d MHz under load: a lock that is not ours seems to stand", uuid, found_mhz)

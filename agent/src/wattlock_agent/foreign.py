@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from wattlock_agent.gpu.base import GpuIdentity, GpuReading
 from wattlock_agent.limiters import LIMITER_BITS, growth
 
-#: Suspected for so long: then it is a lock, or not a steady clock and so none.
+#: Suspected for so long: then it is a lock, or not a steady clock and so none. Much longer than what clock and
+#: sensors need after a release of ours (a second).
 CONFIRM_SECONDS = 8.0
 MIN_READINGS = 6
 #: Above what the foreign lock allows for so long, under load: it is gone.
@@ -24,8 +25,6 @@ FLAT_STEPS = 2
 LOW_SHARE = 0.9
 #: Only a GPU that never rests shows by a low clock that something holds it down.
 BUSY_PERCENT = 90
-#: After our own release the clock needs up to 0.5 s to rise, and the sensors a second.
-AFTER_RELEASE_SECONDS = 3.0
 #: Readings further apart than this are not one stretch of time.
 _MAX_GAP_SECONDS = 5.0
 
@@ -120,7 +119,7 @@ class ForeignLocks:
         self._before: dict[str, GpuReading] = {}
 
     def add(self, identity: GpuIdentity, reading: GpuReading, busy_percent: int, ours: bool) -> int | None:
-        """Add a reading; ``ours``: a lock of ours is or may be on the GPU, or was a moment ago.
+        """Add a reading; ``ours``: a lock of ours is or may be on the GPU.
 
         Returns:
             The clock of a foreign lock that is suspected from this reading on.
