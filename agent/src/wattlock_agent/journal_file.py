@@ -74,7 +74,7 @@ class FileJournal:
             self._lock(directory_fd)
             with self._explained("read"):
                 self._load(directory_fd)
-        except JournalError:
+        except BaseException:  # whatever ends it: a lock that nobody owns would keep every later agent out
             os.close(directory_fd)
             raise
         self._directory_fd = directory_fd
