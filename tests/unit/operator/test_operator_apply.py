@@ -23,6 +23,7 @@ WORLD = world(
     [pod(f"d-{node}", DECODE, node=node) for node in NODES]
     + [pod("p0", PREFILL)]
     + [agent_pod(node) for node in NODES],
+    nodes=NODES,
 )
 
 
@@ -135,8 +136,8 @@ def test_the_power_of_other_nodes_leaves_other_annotations_alone(before, annotat
 
 
 def test_an_overtaken_write_looks_again_at_once_and_is_no_error():
-    kube = FakeKube(errors={"PATCH": OvertakenError("no", 422)})
-    kube.found = {"metadata": {"name": "n1", "uid": "u", "generation": 9, "resourceVersion": "90"}, "spec": {}}
+    found = {"metadata": {"name": "n1", "uid": "u", "generation": 9, "resourceVersion": "90"}, "spec": {}}
+    kube = FakeKube(errors={"PATCH": OvertakenError("no", 422)}, found=found)
     writer = applier(kube)
     assert not writer.write_orders("n1", (), "", node_energy())
     assert writer._store.world((), "").node_energies["n1"].generation == 9
