@@ -98,6 +98,7 @@ def settle(site: Site, good_policy: dict[str, Any], count: int) -> list[str]:
     site.pod("prefill-0", nodes[0], PREFILL)
     for node in nodes:
         site.agent(node)
+    tell(site, measured(10))
     site.kubectl.apply(placed(good_policy, site))
     eventually(lambda: all(caps(site, node) == {1590} for node in nodes), 90)
     eventually(lambda: site.condition("Ready")[0] == "True", 90, str(site.condition("Ready")))
@@ -135,7 +136,6 @@ def test_a_killed_leaders_half_written_orders_are_finished_once(
 ) -> None:
     leader, _ = pair
     nodes = settle(site, good_policy, NODES)
-    tell(site, measured(10))
     eventually(lambda: savings(site).get("verdict") == "Verified", 90, f"it says {savings(site)}")
     tell(site, measured(11))
     eventually(lambda: saved_kwh(site) == pytest.approx(NODES / 4, rel=0.01), 90, f"it says {savings(site)}")
