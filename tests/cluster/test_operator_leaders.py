@@ -147,8 +147,12 @@ def test_a_killed_leaders_half_written_orders_are_finished_once(
         recap(site, 1200)
         for _ in range(GATED):
             assert gate.waiting.acquire(timeout=60)
-        written = [node for node in nodes if caps(site, node) == {1200}]
-        assert len(written) == NODES - GATED, "a part of the orders is written"
+
+        def written_ones() -> list[str]:
+            return [node for node in nodes if caps(site, node) == {1200}]
+
+        eventually(lambda: len(written_ones()) == NODES - GATED, 60, "a part of the orders is written")
+        written = written_ones()
         generations = {node: site.node_energy(node)["metadata"]["generation"] for node in written}
         leader.send(signal.SIGKILL)
         died = time.monotonic()
