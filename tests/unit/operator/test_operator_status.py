@@ -10,7 +10,6 @@ from wattlock_api.policystatus import EnergyPolicyStatus, Limiters, PoolStatus, 
 from wattlock_operator.conditions import Facts, find_conditions
 from wattlock_operator.decide import Memory, decide
 from wattlock_operator.events import BURST, REFILL_SECONDS, REPEAT_SECONDS, Told, tell
-from wattlock_operator.lease import DURATION_SECONDS, LeaseView, may_take
 from wattlock_operator.metrics import Metrics
 from wattlock_operator.settings import SettingsError, from_environment
 from wattlock_operator.status import summary
@@ -341,22 +340,6 @@ def test_metrics_show_the_last_decision_only():
     assert value("wattlock_pool_tokens_per_second", labels) is None
     metrics.show([], leading=False)
     assert value("wattlock_pool_power_watts", labels) is None
-
-
-@pytest.mark.parametrize(
-    ("lease", "expected"),
-    [
-        (None, True),
-        (LeaseView("", NOW), True),
-        (LeaseView("me", NOW), True),
-        (LeaseView("other", NOW), False),
-        (LeaseView("other", NOW - DURATION_SECONDS), False),
-        (LeaseView("other", NOW - DURATION_SECONDS - 1), True),
-        (LeaseView("other", None), True),
-    ],
-)
-def test_a_lease_is_taken_only_when_it_is_ours_free_or_expired(lease, expected):
-    assert may_take(lease, "me", NOW) is expected
 
 
 def test_settings_have_defaults():
