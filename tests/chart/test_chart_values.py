@@ -29,6 +29,8 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "address without a mask": ("networkPolicy.servingCIDRs={10.0.0.1}", ("'/networkPolicy/servingCIDRs/0'",)),
     "name for an address": ("networkPolicy.apiServer.cidrs={api/24}", ("'/networkPolicy/apiServer/cidrs/0'",)),
     "peer without a selector": ("networkPolicy.metricsFrom={monitoring}", ("'/networkPolicy/metricsFrom/0'",)),
+    "agents without patience": ("agent.staleOrdersSeconds=30", ("/agent/staleOrdersSeconds", "want 60")),
+    "node that is no name": ("reset.node=GPU_7", ("'/reset/node'", "does not match pattern")),
     "hook without time": ("hooks.preDelete.timeoutSeconds=5", ("/hooks/preDelete/timeoutSeconds", "want 60")),
     "toleration in lower case": ("simulator.tolerations[0].operator=exists", ("'Exists', 'Equal'",)),
 }

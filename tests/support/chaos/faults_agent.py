@@ -1,7 +1,6 @@
 """Agents that end, in every way in which a process ends."""
 
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from random import Random
@@ -10,7 +9,7 @@ from wattlock_operator.kube import daemon_sets_path
 from workloads import AGENT_LABEL, SYSTEM
 
 from chaos.fault import Hold, Settled, Stage, fault, some_node
-from chaos.nodes import pids_of_container, signal_all
+from chaos.nodes import exhaust_memory, pids_of_container, signal_all
 from chaos.site import Site, journal, until
 
 
@@ -20,7 +19,7 @@ def end_agent(site: Site, node: str, number: signal.Signals) -> None:
         for container_id in site.container_ids(body):
             pids = pids_of_container(container_id)
             if pids:
-                site.allow_restart(body)
+                site.will_restart(body)
                 signal_all(pids[:1], number)
 
 
@@ -52,7 +51,7 @@ def sigkill_at_a_step(site: Site, rng: Random) -> Iterator[Stage]:
     node = site.nodes[name]
     pids = [pids_of_container(each)[:1] for body in site.agents(name) for each in site.container_ids(body)]
     for body in site.agents(name):
-        site.allow_restart(body)
+        site.will_restart(body)
     kind, delay_seconds = rng.choice(["record", "write"]), rng.choice([0.0, 0.0, 0.001, 0.003, 0.01, 0.05])
 
     def seen() -> object:
@@ -83,14 +82,8 @@ def out_of_memory(site: Site, rng: Random) -> Iterator[Stage]:
     """The kernel kills the agent because its container has used up its memory."""
     (body,) = site.agents(some_node(site, rng))[:1]
     (container_id,) = site.container_ids(body)
-    site.allow_restart(body, 2)
-    pid = pids_of_container(container_id)[0]
-    # The kernel takes the agent, and not the process that eats up the memory beside it.
-    with open(f"/proc/{pid}/oom_score_adj", "w") as file:
-        file.write("1000")
-    eat = "x=[]\nwhile 1: x.append(b'x'*4194304)"
-    command = ["kubectl", "-n", SYSTEM, "exec", body["metadata"]["name"], "--", "timeout", "20", "python", "-c", eat]
-    subprocess.run(command, capture_output=True, timeout=60)
+    site.will_restart(body)
+    exhaust_memory(pids_of_container(container_id)[0])
 
     def was_killed() -> bool:
         found = site.kube.get(f"/api/v1/namespaces/{SYSTEM}/pods/{body['metadata']['name']}") or {}

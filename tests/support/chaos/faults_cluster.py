@@ -26,7 +26,7 @@ def api_server_stopped(site: Site) -> Iterator[None]:
 def killed(site: Site, rng: Random) -> Iterator[Stage]:
     """The operator's process is killed; the kubelet starts it anew."""
     for body in site.operators():
-        site.allow_restart(body)
+        site.will_restart(body)
         for container_id in site.container_ids(body):
             signal_all(pids_of_container(container_id)[:1], signal.SIGKILL)
     yield Hold(rng.uniform(0, 2))

@@ -57,7 +57,7 @@ def rebooted(site: Site, rng: Random) -> Iterator[Stage]:
     node.stop_kubelet()
     for body in list(site.kube.list_all("/api/v1/pods")):
         if body["spec"].get("nodeName") == name:
-            site.allow_restart(body, 2)
+            site.will_restart(body)
             for container_id in site.container_ids(body):
                 signal_all(pids_of_container(container_id), signal.SIGKILL)
     node.boot()

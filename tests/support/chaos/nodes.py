@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,35 @@ def signal_all(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+_EAT = """
+import os, sys
+with open(sys.argv[1], "w") as file:
+    file.write(str(os.getpid()))
+eaten = []
+while True:
+    eaten.append(b"x" * (1 << 22))
+"""
+
+
+def exhaust_memory(pid: int) -> None:
+    """Use up the memory of the container that a process is in, until the kernel has ended the process.
+
+    The kernel is told to take it first. What eats the memory is a process of ours that joins the container's group.
+    """
+    Path("/proc", str(pid), "oom_score_adj").write_text("1000")
+    groups = dict(line.split(":", 2)[1:] for line in Path("/proc", str(pid), "cgroup").read_text().splitlines())
+    tree, group = ("memory", groups["memory"]) if "memory" in groups else ("", groups[""])
+    procs = Path("/sys/fs/cgroup", tree, group.lstrip("/"), "cgroup.procs")
+    eater = subprocess.Popen([sys.executable, "-c", _EAT, str(procs)], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while Path("/proc", str(pid)).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        eater.kill()
+        eater.wait()
 
 
 def api_server_pids() -> list[int]:

@@ -1,5 +1,6 @@
 """The cluster under test: Wattlock installed by its chart, and serving pods of every kind on simulated GPUs."""
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -8,12 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from wattlock_operator.kube import NODES, POLICIES, Kube, KubeError, connect, policy_path
+from wattlock_operator.kube import NODES, POLICIES, Kube, KubeError, connect, daemon_sets_path, policy_path
 from wattlock_simulator import control
 from wattlock_simulator.state import LOG_NAME
 from workloads import AGENT_LABEL, OPERATOR_LABEL, SERVING_PORT, SYSTEM, serving
 
-from chaos.nodes import DRIVER, JOURNAL, ROOT, Node
+from chaos.nodes import DRIVER, JOURNAL, ROOT, Node, pids_of_container, signal_all
 from chaos.truth import parse_pod
 
 NAMESPACE = "chaos"
@@ -21,6 +22,7 @@ GPUS_PER_NODE = 4
 #: The shortest that the agents take: what happens when the control plane is gone takes as long.
 STALE_SECONDS = 60
 CAPS_MHZ = (1590, 1575)
+_SYSTEM_PODS = f"/api/v1/namespaces/{SYSTEM}/pods"
 JOURNAL_BYTES = 64 * 1024
 
 T = TypeVar("T")
@@ -107,7 +109,9 @@ class Site:
         names = sorted(body["metadata"]["name"] for body in self.kube.list_all(NODES))
         self.nodes = {name: Node(name, f"node{index}") for index, name in enumerate(names)}
         self.restarts: dict[str, int] = {}
-        """Restarts that were caused on purpose, by container id's pod UID."""
+        """Restarts that faults have caused, by pod UID."""
+        self.ended: set[str] = set()
+        """Containers that faults have ended."""
         self.foreign: set[str] = set()
         """GPUs that a fault has locked as somebody else would."""
 
@@ -124,6 +128,36 @@ class Site:
         self.install()
         self.deploy()
         self.apply_policies()
+        for body in self.pods(SYSTEM):
+            self.restarts[body["metadata"]["uid"]] = self.restart_count(body)
+
+    def take_down(self) -> None:
+        """Remove the workload and its policies; Wattlock stays."""
+        for name in POLICIES_NAMES:
+            self.delete_policy(name)
+        until("the policies are gone", lambda: not self.policies(), 90)
+        self.kube.delete(f"/api/v1/namespaces/{NAMESPACE}")
+
+    def kill_agents_for_good(self) -> None:
+        """Kill the agents while their kubelets cannot start them anew, and delete their DaemonSet and the operator."""
+        for node in self.nodes.values():
+            node.stop_kubelet()
+        try:
+            for body in self.agents():
+                for container_id in self.container_ids(body):
+                    signal_all(pids_of_container(container_id)[:1], signal.SIGKILL)
+                self.delete_pod(body, 0)
+            self.kube.delete(workload_path("Deployment", "wattlock-operator", SYSTEM))
+            for body in self.operators():
+                for container_id in self.container_ids(body):
+                    signal_all(pids_of_container(container_id), signal.SIGKILL)
+                self.delete_pod(body, 0)
+            for body in self.kube.list_all(daemon_sets_path(SYSTEM), AGENT_LABEL):
+                self.kube.delete(daemon_sets_path(SYSTEM, body["metadata"]["name"]))
+            until("no agent is left", lambda: not list(self.kube.list_all(_SYSTEM_PODS, AGENT_LABEL)))
+        finally:
+            for node in self.nodes.values():
+                node.start_kubelet()
 
     def install(self, *more: str) -> None:
         """Install the chart with simulated GPUs, or bring it back to what it was."""
@@ -326,14 +360,18 @@ class Site:
         found = [each.get("containerID", "") for each in body["status"].get("containerStatuses", [])]
         return [each.rpartition("/")[2] for each in found if each]
 
-    def allow_restart(self, body: Json, times: int = 1) -> None:
-        """Note that a container of the pod was ended on purpose."""
+    def will_restart(self, body: Json) -> None:
+        """Note that a fault ends the containers of a pod."""
         uid = body["metadata"]["uid"]
-        self.restarts[uid] = self.restarts.get(uid, 0) + times
+        self.restarts[uid] = self.restarts.get(uid, 0) + 1
+        self.ended |= set(self.container_ids(body))
 
     def unwell(self) -> dict[str, str]:
         """Return what of Wattlock does not work as it should, a sentence by name; empty when all does."""
         found = {}
+        for body in self.pods(SYSTEM):
+            if self.ended & set(self.container_ids(body)):
+                found[body["metadata"]["name"]] = "has not been started anew"
         if not self.operator_is_ready():
             found["operator"] = "is not ready"
         for name, node in self.nodes.items():
@@ -346,11 +384,16 @@ class Site:
                 found[f"journal of {name}"] = f"records {sorted(recorded)}, locked are {sorted(locked)}"
         return found
 
+    @staticmethod
+    def restart_count(body: Json) -> int:
+        """Return how often the containers of a pod were started anew."""
+        return sum(int(each["restartCount"]) for each in body["status"].get("containerStatuses", []))
+
     def unexpected_restarts(self) -> list[str]:
         """Return which pods of Wattlock restarted more often than they were made to, a sentence each."""
         found = []
         for body in self.kube.list_all(f"/api/v1/namespaces/{SYSTEM}/pods"):
-            count = sum(each["restartCount"] for each in body["status"].get("containerStatuses", []))
+            count = self.restart_count(body)
             allowed = self.restarts.get(body["metadata"]["uid"], 0)
             if count > allowed:
                 found.append(f"{body['metadata']['name']} restarted {count} times, {allowed} of them on purpose")

@@ -9,6 +9,7 @@ import pytest
 from wattlock_agent.api_client import ApiClient, ApiError
 from wattlock_agent.kube import ApiAnswered, LeaseSeen, OrdersSeen, OrderWatch, StatusLink, StatusWritten
 from wattlock_agent.orders import NO_ORDERS
+from wattlock_api.constants import LEASE_RENEW_SECONDS
 from wattlock_api.nodeenergy import NodeEnergyStatus
 
 PATH = "/apis/wattlock.dev/v1alpha1/nodeenergies"
@@ -188,6 +189,13 @@ def test_reads_the_lease(server, client, spec, renewal):
     assert isinstance(event, LeaseSeen)
     assert event.renewal == renewal
     assert (event.age_seconds is None) == (renewal is None)
+
+
+@pytest.mark.parametrize(("stale_seconds", "lease_seconds"), [(60, 12), (600, 120), (86_400, 120)])
+def test_the_lease_is_read_often_enough_to_be_seen_to_change(client, stale_seconds, lease_seconds):
+    made = StatusLink(client, "node-1", "wattlock", queue.SimpleQueue().put, stale_seconds)
+    assert made._lease_seconds == lease_seconds
+    assert lease_seconds + LEASE_RENEW_SECONDS < stale_seconds
 
 
 def test_drain_waits_for_the_newest_status(server, client):
