@@ -1,7 +1,7 @@
 """One step: a fault, or two at once; what must be true meanwhile and afterwards; and how long that took."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from statistics import median
@@ -11,9 +11,11 @@ from wattlock_operator.kube import KubeError
 from chaos.fault import CATALOGUE, Fault, Hold, Released, Stage
 from chaos.recorder import Recorder
 from chaos.site import Site, TooLongError
-from chaos.truth import World, fell, wrong
+from chaos.truth import World, Wrong, fell, wrong
 
 RESTORE_SECONDS = 60.0
+#: The cluster's own work: starting pods, of which there may be ten at once on a busy machine.
+COMPLETE_SECONDS = 120.0
 POLL_SECONDS = 0.3
 #: What is right must stay right for so long.
 STEADY_SECONDS = 1.0
@@ -86,32 +88,39 @@ class Engine:
     def settle(self, within_seconds: float = RESTORE_SECONDS, *, healthy: bool = True) -> float:
         """Wait until every GPU is as it must be, and stays so for a moment; returns after how many seconds it was.
 
-        ``healthy``: operator and agents are ready again, too, and the journals name the locked GPUs and no other.
+        ``healthy``: the workload is complete, operator and agents are ready again, and the journals name the locked
+        GPUs and no other.
 
         Raises:
             BrokenError: it did not come to that in time.
         """
         began = time.monotonic()
-        right_since: float | None = None
-        last = "the API server has not answered"
+        complete_at = right_since = None
         while True:
             now = time.monotonic()
+            found, last = Wrong(), "the API server does not answer"
             try:
                 world = self._recorder.world()
-                found = wrong(world) if world.locks else {"driver": "no GPU is to be seen"}
-                if healthy and not found:
-                    found = self._site.unwell()
                 self._take_savings(world)
+                found = wrong(world)
+                waits = self._site.incomplete() if healthy else {}
+                complete_at = None if waits else complete_at or now
+                waits = waits or found.missing or (self._site.unwell() if healthy else {})
+                last = _told({**found.locked, **waits})
             except KubeError as error:
-                found = {"API server": str(error)}
-            if found:
-                right_since, last = None, "; ".join(f"{uuid} {text}" for uuid, text in sorted(found.items()))
-            else:
-                right_since = now if right_since is None else right_since
+                last = str(error)
+            if not last:
+                right_since = right_since or now
                 if now - right_since >= STEADY_SECONDS:
                     return right_since - began
-            if now - began > within_seconds + (STEADY_SECONDS if right_since is not None else 0):
-                raise BrokenError(f"after {within_seconds:.0f} s: {last}")
+            else:
+                right_since = None
+            limit = within_seconds + STEADY_SECONDS
+            if found.locked and now - began > limit:
+                raise BrokenError(f"after {within_seconds:.0f} s: {_told(found.locked)}")
+            # What is wanted can be back only once the pods that want it are.
+            if now - (complete_at or began + COMPLETE_SECONDS) > limit:
+                raise BrokenError(f"after {now - began:.0f} s: {last}")
             time.sleep(POLL_SECONDS)
 
     def _take_savings(self, world: World) -> None:
@@ -167,7 +176,7 @@ class Engine:
             world = self._recorder.world()
         except KubeError:
             return set()
-        return {uuid for uuid in wrong(world) if world.locks.get(uuid)}
+        return set(wrong(world).locked)
 
     def _do(self, step: Step, seconds: list[float]) -> None:
         """Let the faults happen side by side: each does its first part, then all wait, and so on."""
@@ -207,6 +216,10 @@ class Engine:
             total.left += row.left
             total.wrong += row.wrong
         return "\n".join([*lines, _line("all", total)])
+
+
+def _told(found: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} {text}" for name, text in sorted(found.items()))
 
 
 def _line(name: str, row: Row) -> str:

@@ -9,6 +9,7 @@ from wattlock_operator.kube import NODES
 from chaos.fault import Hold, Released, Settled, Stage, fault, some_node
 from chaos.nodes import KUBELET_SOCKET, pids_of_container, signal_all
 from chaos.site import NAMESPACE, Json, Site, labels, until
+from chaos.truth import parse_pod
 
 
 def _cordon(site: Site, node: str, *, on: bool) -> None:
@@ -24,6 +25,9 @@ def drained(site: Site, rng: Random) -> Iterator[Stage]:
         owners = [each["kind"] for each in body["metadata"].get("ownerReferences", [])]
         if body["spec"].get("nodeName") == node and "DaemonSet" not in owners:
             site.evict(body)
+    until(
+        "the evicted pods are gone", lambda: not [body for body in site.pods() if body["spec"].get("nodeName") == node]
+    )
     yield Settled()
     _cordon(site, node, on=False)
     site.deploy()
@@ -92,7 +96,8 @@ def finished(site: Site, rng: Random) -> Iterator[Stage]:
     def phase() -> str:
         return str(((site.kube.get(f"{path}/{name}") or {}).get("status") or {}).get("phase"))
 
-    until("the pod runs", lambda: phase() == "Running")
+    # Ready, and not only running: the first process of a container ignores SIGTERM until it has a handler.
+    until("the pod serves", lambda: parse_pod(site.kube.request("GET", f"{path}/{name}")).ready)
     yield Settled()
     body = site.kube.get(f"{path}/{name}") or {}
     for container_id in site.container_ids(body):
@@ -123,7 +128,9 @@ def shuffled(site: Site, rng: Random) -> Iterator[Stage]:
 @fault("serving process killed", "pods")
 def serving_killed(site: Site, rng: Random) -> Iterator[Stage]:
     """A serving container crashes and is started anew in its pod."""
-    for container_id in site.container_ids(rng.choice(site.decode_pods())):
+    body = rng.choice(site.decode_pods())
+    site.will_restart(body)
+    for container_id in site.container_ids(body):
         signal_all(pids_of_container(container_id)[:1], signal.SIGKILL)
     yield Hold(rng.uniform(0, 2))
     site.deploy()
@@ -134,5 +141,6 @@ def no_prefill(site: Site, rng: Random) -> Iterator[Stage]:
     """A policy's decode pods lose their prefill peer: they are released until it is back."""
     name = rng.choice(["steady", "measured"])
     site.scale("Deployment", f"{name}-prefill", 0)
+    until("no prefill pod is left", lambda: not site.pods(selector=f"llm-d.ai/model={name},llm-d.ai/role=prefill"))
     yield Settled()
     site.deploy()

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from wattlock_operator.kube import NODES, POLICIES, Kube, KubeError, connect, daemon_sets_path, policy_path
+from wattlock_operator.kube import (
+    NODES,
+    POLICIES,
+    Kube,
+    KubeError,
+    connect,
+    daemon_sets_path,
+    node_energy_path,
+    policy_path,
+)
 from wattlock_simulator import control
 from wattlock_simulator.state import LOG_NAME
 from workloads import AGENT_LABEL, OPERATOR_LABEL, SERVING_PORT, SYSTEM, serving
@@ -174,24 +183,28 @@ class Site:
         return all(int(each.get("nvidia.com/gpu", 0)) >= GPUS_PER_NODE for each in offered)
 
     def deploy(self) -> None:
-        """Start the workload, or bring it back to what it was; returns when all its pods are ready."""
+        """Start the workload, or bring it back to what it was; does not wait for it (``incomplete`` tells)."""
         self.put("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
         for body in WORKLOADS:
             self.put(workload_path(body["kind"]), body)
-        until("all serving pods are ready", lambda: all(self.is_complete(body) for body in WORKLOADS), 120)
+
+    def incomplete(self) -> dict[str, str]:
+        """Return which workloads do not have all their pods ready, and no other, a sentence by name."""
+        pods = [parse_pod(body) for body in self.kube.list_all(f"/api/v1/namespaces/{NAMESPACE}/pods")]
+        found = {}
+        for body in WORKLOADS:
+            selector = body["spec"]["selector"]["matchLabels"]
+            mine = [pod for pod in pods if selector.items() <= pod.labels.items()]
+            ready = [pod for pod in mine if pod.ready and not pod.going]
+            if len(ready) != body["spec"]["replicas"] or len(mine) != len(ready):
+                found[body["metadata"]["name"]] = f"has {len(ready)} ready pods of {len(mine)}"
+        return found
 
     @staticmethod
     def template(name: str) -> Json:
         """Return the pod template of a workload."""
         template: Json = next(body for body in WORKLOADS if body["metadata"]["name"] == name)["spec"]["template"]
         return template
-
-    def is_complete(self, body: Json) -> bool:
-        """Return whether a workload has all its pods, ready."""
-        found = self.kube.get(workload_path(body["kind"], body["metadata"]["name"]))
-        status = (found or {}).get("status", {})
-        wanted = body["spec"]["replicas"]
-        return status.get("readyReplicas", 0) == wanted and status.get("replicas", 0) == wanted
 
     def put(self, collection: str, body: Json) -> None:
         """Create an object, or apply it over the one of its name."""
@@ -220,6 +233,9 @@ class Site:
             with node.driver() as file:
                 for gpu in file.gpus:
                     control.clear_faults(gpu.faults)
+        for body in self.pods():
+            if "ownerReferences" not in body["metadata"]:
+                self.delete_pod(body, 0)
         self.install_crds()
         self.install()
         self.deploy()
@@ -346,9 +362,8 @@ class Site:
             self.start_operator()
 
     def start_operator(self) -> None:
-        """Scale the operator to one and wait for it."""
+        """Scale the operator to one; does not wait for it."""
         self.scale("Deployment", "wattlock-operator", 1, SYSTEM)
-        until("the operator is ready", self.operator_is_ready)
 
     def operator_is_ready(self) -> bool:
         """Return whether the operator's Deployment is ready."""
@@ -369,11 +384,12 @@ class Site:
     def unwell(self) -> dict[str, str]:
         """Return what of Wattlock does not work as it should, a sentence by name; empty when all does."""
         found = {}
-        for body in self.pods(SYSTEM):
+        for body in self.pods(SYSTEM) + self.pods():
             if self.ended & set(self.container_ids(body)):
                 found[body["metadata"]["name"]] = "has not been started anew"
         if not self.operator_is_ready():
             found["operator"] = "is not ready"
+        found |= self._unsettled()
         for name, node in self.nodes.items():
             agents = [body for body in self.agents(name) if parse_pod(body).ready]
             if len(agents) != 1:
@@ -382,6 +398,23 @@ class Site:
             recorded = {path.stem for path in journal(node).glob("*.json")}
             if locked != recorded:
                 found[f"journal of {name}"] = f"records {sorted(recorded)}, locked are {sorted(locked)}"
+        return found
+
+    def _unsettled(self) -> dict[str, str]:
+        """Return where operator or agents have not caught up."""
+        found = {}
+        daemon_sets = list(self.kube.list_all(daemon_sets_path(SYSTEM), AGENT_LABEL))
+        for body in daemon_sets:
+            status = body["status"]
+            seen = status.get("observedGeneration") == body["metadata"]["generation"]
+            if not seen or status.get("updatedNumberScheduled") != len(self.nodes):
+                found[body["metadata"]["name"]] = "is being rolled out"
+        if len(daemon_sets) != 1:
+            found["DaemonSets of agents"] = f"there are {len(daemon_sets)}"
+        for name in self.nodes:
+            orders = self.kube.get(node_energy_path(name))
+            if orders is None or orders.get("status", {}).get("observedGeneration") != orders["metadata"]["generation"]:
+                found[f"orders of {name}"] = "are not confirmed by its agent"
         return found
 
     @staticmethod

@@ -1,12 +1,11 @@
 """What must be true of the GPUs, from what the API server and the kubelets say. Pure: no operator's or agent's code.
 
-Three answers for each GPU: it must be locked, it must not, or either is right for the moment (a pod that goes, the
-turn between two epochs).
+Three answers for each GPU: the cap that it must have, none, or that either is right for the moment (a pod that goes,
+the turn between two epochs).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from wattlock_api.schedule import Arm, Experiment, arm_of, epoch_at, epoch_start_seconds
@@ -17,12 +16,10 @@ TURN_SECONDS = 6.0
 HOLDER_LAG_SECONDS = 8.0
 
 
-class Must(Enum):
-    """What the driver must have."""
-
-    LOCKED = "locked"
-    RELEASED = "released"
-    EITHER = "either"
+RELEASED = 0
+"""No lock may be there."""
+EITHER = None
+"""With a lock or without: both are right for the moment."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,7 @@ class Policy:
     decode: Mapping[str, str] | None
     """Labels of its decode pool; ``None``: it has none."""
     prefill: Mapping[str, str]
+    cap_mhz: int
     epoch_seconds: int | None
     control_share: float
     saved_kwh: float | None
@@ -93,6 +91,7 @@ def parse_policy(body: Mapping[str, Any]) -> Policy:
         going="deletionTimestamp" in metadata,
         decode=by_role.get("Decode"),
         prefill=by_role.get("Prefill", {}),
+        cap_mhz=sum(pool.get("clock", {}).get("maxSMClockMHz", 0) for pool in spec["pools"]),
         epoch_seconds=verification.get("epochSeconds", 60) if switches else None,
         control_share=float(verification.get("controlShare", 0.1)),
         saved_kwh=sum(numbers) if numbers else None,
@@ -103,47 +102,57 @@ def _matches(selector: Mapping[str, str] | None, pod: Pod) -> bool:
     return bool(selector) and all(pod.labels.get(key) == value for key, value in (selector or {}).items())
 
 
-def _arm(policy: Policy, pod: Pod, unix_seconds: float) -> Must:
+def _in_experiment(policy: Policy, pod: Pod, unix_seconds: float) -> int | None:
     if policy.epoch_seconds is None:
-        return Must.LOCKED
+        return policy.cap_mhz
     experiment = Experiment(policy.uid, policy.epoch_seconds, policy.control_share)
     epoch = epoch_at(experiment, unix_seconds)
     if unix_seconds - epoch_start_seconds(experiment, epoch) < TURN_SECONDS:
-        return Must.EITHER
-    return Must.LOCKED if arm_of(experiment, pod.name, epoch) is Arm.CAP else Must.RELEASED
+        return EITHER
+    return policy.cap_mhz if arm_of(experiment, pod.name, epoch) is Arm.CAP else RELEASED
 
 
-def must(world: World, uuid: str) -> Must:
-    """Return what the driver must have for a GPU."""
+def wanted_mhz(world: World, uuid: str) -> int | None:
+    """Return the cap that a GPU must have: MHz, ``RELEASED`` or ``EITHER``."""
     if uuid in world.foreign:
-        return Must.EITHER
+        return EITHER
     pod = world.pods.get(world.holders.get(uuid, ""))
     if pod is None or not (pod.running or pod.begins):
-        return Must.RELEASED
-    claims = [policy for policy in world.policies if _matches(policy.decode, pod)]
+        return RELEASED
+    claims = [each for each in world.policies if _matches(each.decode, pod) and not each.going]
     if not claims or not claims[0].enforces:
-        return Must.RELEASED
+        return RELEASED
     policy = claims[0]
-    if policy.going or pod.going or pod.begins or len(claims) > 1:
-        return Must.EITHER
+    if pod.going or pod.begins or len(claims) > 1:
+        return EITHER
     peers = [each for each in world.pods.values() if _matches(policy.prefill, each)]
     if not any(each.ready and not each.going for each in peers):
-        return Must.EITHER if any(each.ready for each in peers) else Must.RELEASED
-    return _arm(policy, pod, world.unix_seconds)
+        return EITHER if any(each.going for each in peers) else RELEASED
+    return _in_experiment(policy, pod, world.unix_seconds)
 
 
-def wrong(world: World) -> dict[str, str]:
-    """Return what is not as it must be, a sentence by GPU."""
-    found = {}
+@dataclass(frozen=True)
+class Wrong:
+    """What is not as it must be, a sentence by GPU."""
+
+    locked: Mapping[str, str] = field(default_factory=dict)
+    """Locked, and no live order wants it."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Wanted, and not there or with another cap."""
+
+
+def wrong(world: World) -> Wrong:
+    """Judge every GPU."""
+    locked, missing = {}, {}
     for uuid, mhz in world.locks.items():
-        wanted = must(world, uuid)
+        wanted = wanted_mhz(world, uuid)
         pod = world.pods.get(world.holders.get(uuid, ""))
         who = f"held by {pod.name}" if pod else "held by no pod of the API server"
-        if wanted is Must.RELEASED and mhz:
-            found[uuid] = f"locked at {mhz} MHz though no live order wants it ({who})"
-        elif wanted is Must.LOCKED and not mhz:
-            found[uuid] = f"not locked though it is wanted ({who})"
-    return found
+        if wanted == RELEASED and mhz:
+            locked[uuid] = f"locked at {mhz} MHz though no live order wants it ({who})"
+        elif wanted is not EITHER and mhz != wanted:
+            missing[uuid] = f"at {mhz} MHz (0: not locked), wanted is {wanted} MHz ({who})"
+    return Wrong(locked, missing)
 
 
 @dataclass
