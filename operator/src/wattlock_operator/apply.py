@@ -13,6 +13,7 @@ from wattlock_api.constants import (
     AGENT_COMPONENT,
     API_VERSION,
     COMPONENT_LABEL,
+    FINALIZER,
     PEER_POWER_ANNOTATION,
     PLACEMENT_LABEL,
     PUBLISHED_PROFILE,
@@ -150,6 +151,25 @@ class Applier:
         path = api.policy_path(policy.namespace, policy.name) + "/status"
         return self._try("EnergyPolicy", "apply", policy.title, lambda: self._kube.apply(path, body))
 
+    def let_go(self, policy: PolicyView) -> bool:
+        """Take our finalizer from a deleted policy.
+
+        Kopf does it, too, but not while the kind itself is being deleted: discovery then lists no "patch" for it, so
+        Kopf leaves it alone, and policies and kind would stay for ever.
+        """
+        return self._try("EnergyPolicy", "let go", policy.title, partial(self._let_go, policy))
+
+    def _let_go(self, policy: PolicyView) -> None:
+        path = api.policy_path(policy.namespace, policy.name)
+        metadata = (self._kube.get(path) or {}).get("metadata") or {}
+        finalizers = metadata.get("finalizers") or []
+        if metadata.get("uid") != policy.uid or FINALIZER not in finalizers:
+            return
+        kept = [name for name in finalizers if name != FINALIZER]
+        # With the version, so that nobody else's finalizer is lost; who was slower tries again in the next pass.
+        patch = {"resourceVersion": metadata["resourceVersion"], "finalizers": kept}
+        self._kube.merge(path, {"metadata": patch})
+
     def apply(self, decision: Decision, now_seconds: float) -> tuple[bool, frozenset[str]]:
         """Carry a decision out.
 
@@ -173,6 +193,8 @@ class Applier:
                 path = api.node_energy_path(node)
                 well &= self._try("NodeEnergy", "delete", node, partial(self._kube.delete, path))
             well &= self._daemon_sets(decision)
+            for policy in decision.let_go:
+                self.let_go(policy)
             written = list(pool.map(lambda entry: self.write_status(*entry), decision.write_statuses))
         failed = [policy.uid for (policy, _), fine in zip(decision.write_statuses, written, strict=True) if not fine]
         for telling in decision.tellings:

@@ -65,6 +65,8 @@ class Decision:
     tellings: tuple[Telling, ...]
     released: frozenset[str]
     """UIDs of deleted policies that may go."""
+    let_go: tuple[PolicyView, ...]
+    """Those of them that our finalizer still holds."""
     again_soon: bool
     """Whether a status waits only for STATES_SECONDS to pass."""
     memory: Memory
@@ -177,6 +179,11 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         write_statuses=tuple(write_statuses),
         tellings=tuple(tellings),
         released=frozenset(uid for uid, release in releases.items() if release.complete),
+        let_go=tuple(
+            policy
+            for policy in world.policies
+            if policy.finalizer and policy.uid in releases and releases[policy.uid].complete
+        ),
         again_soon=again_soon,
         memory=Memory(accounts, ledgers, written, ordered_nodes, told, powers_at),
     )

@@ -94,9 +94,23 @@ class Reconciler:
         """Return whether a deleted policy may go, by the last decision."""
         return self.leading and uid in self._released
 
-    def _resync(self) -> None:
+    def _resync(self) -> bool:
+        """Read the whole lists; return whether every kind is there.
+
+        A kind that somebody deleted has no objects any more. What is left is still to be looked after: policies wait to
+        be let go, agents to be stopped.
+        """
+        complete = True
         for kind, path in _ALL_LISTS:
-            self.store.replace(kind, self._kube.list_all(path))
+            try:
+                self.store.replace(kind, self._kube.list_all(path))
+            except KubeError as error:
+                if error.status != 404:
+                    raise
+                log.warning("there is no kind %s: install the chart's CustomResourceDefinitions again", kind.name)
+                self.store.replace(kind, ())
+                complete = False
+        return complete
 
     async def lead(self) -> None:
         """Keep the lease."""
@@ -126,8 +140,8 @@ class Reconciler:
             wait = PERIOD_SECONDS
             try:
                 if time.monotonic() >= self._resync_at:
-                    await asyncio.to_thread(self._resync)
-                    self._synced, self._resync_at = True, time.monotonic() + RESYNC_SECONDS
+                    self._synced = await asyncio.to_thread(self._resync)
+                    self._resync_at = time.monotonic() + (RESYNC_SECONDS if self._synced else PERIOD_SECONDS)
                 self._dirty.clear()
                 if self.leading and self._deposed:
                     # Another one led meanwhile and wrote the sums on: ours are old. Go on from what it wrote.
