@@ -69,6 +69,10 @@ unit: setup ## Run the unit tests alone (under a minute)
 fuzz: setup ## Odd inputs through all parsers: 21,000 policies, orders, journals, pages..., from a seed of its own (a minute)
 	WATTLOCK_FUZZ_INPUTS=3000 .venv/bin/python -m pytest -q -s tests/unit/test_fuzz_parsers.py
 
+.PHONY: chaos
+chaos: setup ## Random faults against a cluster of its own (N=200 SEED=a new one FROM=1), until one is not undone
+	@dev/chaos --steps $(or $(N),200) $(if $(SEED),--seed $(SEED)) --from-step $(or $(FROM),1) $(CHAOS)
+
 .PHONY: test-hardware
 test-hardware: ## Measure this machine's real GPU under load, read-only, and write docs/hardware/ (LOAD_PYTHON=PYTHON)
 	@dev/hardware

@@ -83,6 +83,7 @@ evictionHard: {memory.available: 100Mi, nodefs.available: "1%", imagefs.availabl
 podLogsDir: $node/podlogs
 volumePluginDir: $node/volumeplugins
 syncFrequency: 5s
+crashLoopBackOff: {maxContainerRestartPeriod: 2s}  # tests kill containers again and again
 nodeStatusReportFrequency: 10s
 YAML
 cat >"$node/kube-proxy.yaml" <<YAML

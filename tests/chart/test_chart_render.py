@@ -1,5 +1,7 @@
 """What the chart renders, over a matrix of values."""
 
+import re
+
 import pytest
 import yaml
 from rendered import agent_template, environment, kinds, named, pods, strings
@@ -206,6 +208,59 @@ def test_the_agent_template_is_what_the_agent_expects(helm):
     assert volumes["pod-resources"]["path"] == "/var/lib/kubelet/pod-resources"
     assert mounts["pod-resources"]["readOnly"] is True
     assert set(volumes) == {"state", "pod-resources"}
+
+
+def test_agents_are_told_how_long_they_may_follow_old_orders(helm):
+    def told(*sets):
+        (container,) = agent_template(helm.render(*sets))["spec"]["template"]["spec"]["containers"]
+        return environment(container)["WATTLOCK_STALE_ORDERS_SECONDS"]
+
+    assert told() == "600"
+    assert told("agent.staleOrdersSeconds=90") == "90"
+
+
+def test_only_simulated_nodes_have_boots_of_their_own(helm):
+    def known(*sets):
+        (container,) = agent_template(helm.render(*sets))["spec"]["template"]["spec"]["containers"]
+        return environment(container)
+
+    assert "WATTLOCK_BOOT_ID_FILE" not in known()
+    assert known("simulator.enabled=true")["WATTLOCK_BOOT_ID_FILE"] == "/var/lib/wattlock-simulator/boot_id"
+
+
+def test_a_node_is_reset_by_a_job_made_like_the_agents(helm):
+    assert kinds(helm.render("hooks.preDelete.enabled=false"), "Job") == []
+    sets = ("reset.node=gpu-7.example", "agent.namespace=gpu-agents", "agent.stateDirectory=/data/wattlock")
+    objects = helm.render("hooks.preDelete.enabled=false", "reset.runtimeClassName=nvidia", *sets)
+    (job,) = kinds(objects, "Job")
+    assert job["metadata"]["namespace"] == "gpu-agents"
+    pod = job["spec"]["template"]["spec"]
+    assert pod["nodeName"] == "gpu-7.example"
+    assert pod["runtimeClassName"] == "nvidia"
+    assert pod["tolerations"] == [{"operator": "Exists"}], "it must run there whatever is wrong with the node"
+    assert pod["automountServiceAccountToken"] is False
+    assert not {"serviceAccountName", "affinity"} & set(pod)
+    (container,) = pod["containers"]
+    agent = agent_template(objects)["spec"]["template"]["spec"]
+    assert container["args"] == ["reset"]
+    assert not {"ports", "livenessProbe", "readinessProbe"} & set(container)
+    assert container["image"] == agent["containers"][0]["image"]
+    assert environment(container) == environment(agent["containers"][0])
+    assert container["volumeMounts"] == agent["containers"][0]["volumeMounts"]
+    assert pod["volumes"] == agent["volumes"]
+    security = agent["containers"][0]["securityContext"]
+    assert container["securityContext"] == security | {"capabilities": {"drop": ["ALL"], "add": ["SYS_ADMIN"]}}
+
+
+def test_long_names_of_nodes_give_different_jobs(helm):
+    def name(node):
+        (job,) = kinds(helm.render("hooks.preDelete.enabled=false", f"reset.node={node}"), "Job")
+        return job["metadata"]["name"]
+
+    names = {name("n" * 80 + end) for end in ("a", "b")} | {name("n" * 36 + "." + end) for end in ("a", "b")}
+    assert len(names) == 4
+    assert all(re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", each) and len(each) <= 63 for each in names)
+    assert not any(".-" in each for each in names), "a part between dots may not begin with a dash"
 
 
 def test_the_agent_leaves_a_node_whose_driver_is_replaced(helm):

@@ -13,7 +13,7 @@ from wattlock_agent.gpu.base import GpuDriver, GpuError
 from wattlock_agent.gpu.nvml import NvmlDriver
 from wattlock_agent.holders.podresources import PodResources
 from wattlock_agent.journal import JournalError
-from wattlock_agent.journal_file import FileJournal, read_boot_id
+from wattlock_agent.journal_file import KERNEL_BOOT_ID, FileJournal, read_boot_id
 from wattlock_agent.loop import Loop
 from wattlock_agent.serving.scrape import Scraper
 from wattlock_agent.settings import DEFAULT_STATE_DIRECTORY, SettingsError, read_settings
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run() -> int:
     settings = read_settings(os.environ)
-    boot_id = read_boot_id()
+    boot_id = read_boot_id(settings.boot_id_file)
     loop = Loop(
         settings,
         NvmlDriver(),
@@ -74,7 +74,8 @@ def _run() -> int:
 
 
 def _reset(state_directory: Path) -> int:
-    journal = FileJournal(state_directory, boot_id := read_boot_id())
+    boot_id = read_boot_id(Path(os.environ.get("WATTLOCK_BOOT_ID_FILE", KERNEL_BOOT_ID)))
+    journal = FileJournal(state_directory, boot_id)
     journal.acquire()
     for problem in journal.problems:
         sys.stderr.write(f"{problem}\n")

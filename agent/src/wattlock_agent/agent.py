@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from wattlock_api.base import decimal_string
-from wattlock_api.constants import ConflictPolicy, GpuState, Mode, Reason
+from wattlock_api.constants import STALE_ORDERS_SECONDS, ConflictPolicy, GpuState, Mode, Reason
 from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
 
 from wattlock_agent import kube
@@ -97,13 +97,21 @@ class Parted:
 class Agent:
     """Everything that the agent knows."""
 
-    def __init__(self, mode: Mode, gpus: Gpus, journal: Journal, boot_id: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        mode: Mode,
+        gpus: Gpus,
+        journal: Journal,
+        boot_id: str,
+        clock: Clock,
+        stale_seconds: int = STALE_ORDERS_SECONDS,
+    ) -> None:
         self._mode = mode
         self._gpus = gpus
         self._boot_id = boot_id
         self.actuator = Actuator(gpus, journal, boot_id)
         self._started_seconds = clock.now_seconds
-        self._freshness = Freshness(api_seen_seconds=clock.now_seconds)
+        self._freshness = Freshness(api_seen_seconds=clock.now_seconds, stale_seconds=stale_seconds)
         self._orders: Orders | None = None
         self._orders_at_seconds = clock.now_seconds
         self._holders = HoldersSeen(float("-inf"), None, "the kubelet has not been asked yet")

@@ -24,11 +24,12 @@ _TEMPORARY_SUFFIX = ".tmp"
 _GPU_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,95}")
 _MAX_FILE_BYTES = 16 * 1024
 _MAX_FILES = 1_024
-_BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
+#: The kernel's own. A simulated node, which shares the kernel with others, has a file that tells of its own boots.
+KERNEL_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
-def read_boot_id(path: Path = _BOOT_ID_PATH) -> str:
-    """Return the identity of this boot of the machine.
+def read_boot_id(path: Path = Path(KERNEL_BOOT_ID)) -> str:
+    """Return the identity of this boot of the machine, as the file has it.
 
     Raises:
         JournalError: the kernel does not tell.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from wattlock_api.base import parse_timestamp
 from wattlock_api.boottime import now_seconds
-from wattlock_api.constants import AGENT_FIELD_MANAGER, GROUP, LEASE_NAME, VERSION
+from wattlock_api.constants import AGENT_FIELD_MANAGER, GROUP, LEASE_NAME, STALE_ORDERS_SECONDS, VERSION
 from wattlock_api.nodeenergy import NodeEnergyStatus
 from wattlock_api.peerpower import PeerPowers
 
@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 _spread = random.Random()  # noqa: S311 - spreads load, guards nothing
 
 LEASE_SECONDS = 120.0
+#: At least so often within the time after which a silent operator counts as gone.
+LEASE_READS = 5
 #: Until the lease has been seen to change once.
 FIRST_LEASE_SECONDS = 5.0
 MISSING_SECONDS = 2.0
@@ -175,8 +177,16 @@ class OrderWatch:
 class StatusLink:
     """Writes the newest status and reads the lease."""
 
-    def __init__(self, client: ApiClient, node_name: str, operator_namespace: str, post: Post) -> None:
+    def __init__(
+        self,
+        client: ApiClient,
+        node_name: str,
+        operator_namespace: str,
+        post: Post,
+        stale_seconds: int = STALE_ORDERS_SECONDS,
+    ) -> None:
         self._client = client
+        self._lease_seconds = min(LEASE_SECONDS, stale_seconds / LEASE_READS)
         self._status_path = f"{_COLLECTION}/{node_name}/status?fieldManager={AGENT_FIELD_MANAGER}"
         self._lease_path = f"/apis/coordination.k8s.io/v1/namespaces/{operator_namespace}/leases/{LEASE_NAME}"
         self._post = post
@@ -224,7 +234,7 @@ class StatusLink:
                     self._wake.notify_all()
             if now_seconds() >= max(lease_due_seconds, self._not_before_seconds):
                 self.read_lease()
-                pause_seconds = LEASE_SECONDS if self._lease_changed else FIRST_LEASE_SECONDS
+                pause_seconds = self._lease_seconds if self._lease_changed else FIRST_LEASE_SECONDS
                 lease_due_seconds = now_seconds() + pause_seconds * _spread.uniform(0.8, 1.0)
 
     def _leave_alone(self, error: ApiError) -> None:

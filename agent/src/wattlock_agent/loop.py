@@ -78,7 +78,14 @@ class Loop:
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._session = DriverSession(driver)
         self._gpus = GpuThread(self._session)
-        self._agent = Agent(settings.mode, self._gpus, NoJournal("the journal is not open yet"), boot_id, self._clock())
+        self._agent = Agent(
+            settings.mode,
+            self._gpus,
+            NoJournal("the journal is not open yet"),
+            boot_id,
+            self._clock(),
+            settings.stale_orders_seconds,
+        )
         self._kubelet_workers = Workers("kubelet")
         self._scrape_workers = Workers("scrape", SCRAPE_THREADS)
         self._status = kube.StatusLink(
@@ -86,6 +93,7 @@ class Loop:
             settings.node_name,
             settings.operator_namespace,
             self._events.put,
+            settings.stale_orders_seconds,
         )
         self._watch = kube.OrderWatch(
             ApiClient(settings.api_server, settings.service_account_directory), settings.node_name, self._events.put

@@ -5,7 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from wattlock_api.constants import Mode
+from wattlock_api.constants import (
+    MAX_STALE_ORDERS_SECONDS,
+    MIN_STALE_ORDERS_SECONDS,
+    STALE_ORDERS_SECONDS,
+    Mode,
+)
+
+from wattlock_agent.journal_file import KERNEL_BOOT_ID
 
 DEFAULT_STATE_DIRECTORY = "/var/lib/wattlock"
 DEFAULT_KUBELET_SOCKET = "/var/lib/kubelet/pod-resources/kubelet.sock"
@@ -38,6 +45,9 @@ class Settings:
     """Base URL of the Kubernetes API."""
     service_account_directory: Path
     """Holds ``token`` and ``ca.crt``."""
+    stale_orders_seconds: int = STALE_ORDERS_SECONDS
+    """GPUs are released when API server or operator have been silent for longer."""
+    boot_id_file: Path = Path(KERNEL_BOOT_ID)
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
@@ -59,6 +69,13 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         if not value.startswith("/"):
             problems.append(f"{variable}={value!r} is no absolute path, e.g. {default}")
         return Path(value)
+
+    def seconds(variable: str, default: int, low: int, high: int) -> int:
+        value = environment.get(variable, str(default))
+        if not (value.isascii() and value.isdecimal() and len(value) <= 9 and low <= int(value) <= high):
+            problems.append(f"{variable}={value!r}: write a number of seconds from {low} to {high}, e.g. {default}")
+            return default
+        return int(value)
 
     def port(variable: str, default: str) -> int:
         value = environment.get(variable, default)
@@ -85,6 +102,10 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         mode=Mode(mode_text) if mode_text in tuple(Mode) else Mode.OBSERVE,
         api_server=f"https://{host}:{port('KUBERNETES_SERVICE_PORT', '443')}",
         service_account_directory=path("WATTLOCK_SERVICE_ACCOUNT_DIR", DEFAULT_SERVICE_ACCOUNT_DIRECTORY),
+        stale_orders_seconds=seconds(
+            "WATTLOCK_STALE_ORDERS_SECONDS", STALE_ORDERS_SECONDS, MIN_STALE_ORDERS_SECONDS, MAX_STALE_ORDERS_SECONDS
+        ),
+        boot_id_file=path("WATTLOCK_BOOT_ID_FILE", KERNEL_BOOT_ID),
     )
     if problems:
         raise SettingsError("; ".join(problems))

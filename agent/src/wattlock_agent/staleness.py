@@ -18,6 +18,8 @@ class Freshness:
     """``renewTime`` of the lease as it was last read."""
     lease_changed_seconds: float | None = None
     """When we last saw it change; ``None``: never, so the operator may have been gone before we came."""
+    stale_seconds: int = STALE_ORDERS_SECONDS
+    """So long a silence is borne."""
 
 
 def api_answered(freshness: Freshness, now_seconds: float) -> Freshness:
@@ -44,11 +46,11 @@ def lease_read(freshness: Freshness, now_seconds: float, renewal: str | None, ag
 def why_stale(freshness: Freshness, now_seconds: float) -> str:
     """Return why orders must not be followed, as a sentence; empty when they may."""
     silent_seconds = now_seconds - freshness.api_seen_seconds
-    if silent_seconds > STALE_ORDERS_SECONDS:
-        return f"the API server has not answered for more than {STALE_ORDERS_SECONDS} s"
+    if silent_seconds > freshness.stale_seconds:
+        return f"the API server has not answered for more than {freshness.stale_seconds} s"
     if freshness.lease_changed_seconds is None:
         return f"waiting for a sign of life of the operator: its lease {LEASE_NAME} has not been renewed yet"
     silent_seconds = now_seconds - freshness.lease_changed_seconds
-    if silent_seconds > STALE_ORDERS_SECONDS:
-        return f"the operator has not renewed its lease {LEASE_NAME} for more than {STALE_ORDERS_SECONDS} s"
+    if silent_seconds > freshness.stale_seconds:
+        return f"the operator has not renewed its lease {LEASE_NAME} for more than {freshness.stale_seconds} s"
     return ""

@@ -100,6 +100,13 @@ spec:
               value: {{ .Release.Namespace | quote }}
             - name: WATTLOCK_STATE_DIR
               value: /var/lib/wattlock
+            - name: WATTLOCK_STALE_ORDERS_SECONDS
+              value: {{ int .Values.agent.staleOrdersSeconds | quote }}
+            {{- if .Values.simulator.enabled }}
+            # Simulated nodes may share a kernel, and reboot on their own.
+            - name: WATTLOCK_BOOT_ID_FILE
+              value: {{ printf "%s/boot_id" .Values.simulator.directory | quote }}
+            {{- end }}
             {{- if $hostPath }}
             - name: LD_LIBRARY_PATH
               value: {{ $driver.libraryPath | quote }}

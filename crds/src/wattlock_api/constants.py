@@ -27,8 +27,11 @@ AGENT_COMPONENT = "agent"
 #: The lease that the operator renews in its own namespace and every agent reads.
 LEASE_NAME = "wattlock-operator"
 LEASE_RENEW_SECONDS = 20
-#: An agent that has seen neither the API server nor a fresh lease for so long releases its GPUs.
+#: An agent that has seen neither the API server nor a fresh lease for so long releases its GPUs, unless told otherwise.
 STALE_ORDERS_SECONDS = 600
+#: Told to wait less than three renewals, an agent would take an operator that is a little late for dead.
+MIN_STALE_ORDERS_SECONDS = 3 * LEASE_RENEW_SECONDS
+MAX_STALE_ORDERS_SECONDS = 86_400
 
 #: A working agent needs seconds to release. One that still claims a lock so long after the deletion cannot or lies.
 STUCK_RELEASE_SECONDS = 600

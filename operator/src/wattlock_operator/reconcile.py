@@ -99,9 +99,23 @@ class Reconciler:
         """Whether the world is known: then this one leads, or can at once."""
         return self._synced
 
-    def _resync(self) -> None:
+    def _resync(self) -> bool:
+        """Read the whole lists; return whether every kind is there.
+
+        A kind that somebody deleted has no objects any more. What is left is still to be looked after: policies wait to
+        be let go, agents to be stopped.
+        """
+        complete = True
         for kind, path in _ALL_LISTS:
-            self.store.replace(kind, self._kube.list_all(path))
+            try:
+                self.store.replace(kind, self._kube.list_all(path))
+            except KubeError as error:
+                if error.status != 404:
+                    raise
+                log.warning("there is no kind %s: install the chart's CustomResourceDefinitions again", kind.name)
+                self.store.replace(kind, ())
+                complete = False
+        return complete
 
     async def lead(self) -> None:
         """Keep the lease, or stand by for it."""
@@ -166,8 +180,8 @@ class Reconciler:
         term = self._lease.term
         takes_over = self.leading and term != self._term
         if takes_over or time.monotonic() >= self._resync_at:
-            await asyncio.to_thread(self._resync)
-            self._synced, self._resync_at = True, time.monotonic() + RESYNC_SECONDS
+            self._synced = await asyncio.to_thread(self._resync)
+            self._resync_at = time.monotonic() + (RESYNC_SECONDS if self._synced else PERIOD_SECONDS)
         if takes_over:
             # Another one led meanwhile and wrote the sums on: ours are old. Go on from what it wrote.
             self._memory, self._term = Memory(), term

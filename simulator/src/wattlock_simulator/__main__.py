@@ -104,6 +104,7 @@ def _control_arguments(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("--json", action="store_true", help="as JSON, for programs")
     reload_parser = actions.add_parser("reload", help="driver reload: locks gone, counters restart")
     reload_parser.add_argument("--end-sessions", action="store_true", help="open NVML sessions die as well")
+    actions.add_parser("reboot", help="the GPUs as after a reboot of the node, with a new boot id")
     actions.add_parser("clear-faults", help="end all injected faults")
 
     def on_gpu(name: str, text: str, gpu_help: str = "UUID, index or all") -> argparse.ArgumentParser:

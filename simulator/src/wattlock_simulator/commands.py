@@ -131,6 +131,8 @@ def control_gpus(options: argparse.Namespace) -> int:
             sys.stdout.write((json.dumps(shown) if options.json else show.table(shown)) + "\n")
         elif options.action == "reload":
             control.reload_driver(file, end_sessions=options.end_sessions)
+        elif options.action == "reboot":
+            control.reboot(file)
         elif options.action == "clear-faults":
             for slots in (file.state.faults, *(gpu.faults for gpu in file.gpus)):
                 control.clear_faults(slots)

@@ -29,6 +29,12 @@ def reload_driver(file: StateFile, *, end_sessions: bool = False) -> None:
         file.state.session_generation += 1
 
 
+def reboot(file: StateFile) -> None:
+    """What a reboot of the node does to its GPUs and to the boot id. Its processes are ended by whoever reboots it."""
+    reload_driver(file, end_sessions=True)
+    state.write_boot_id(file.directory)
+
+
 def reset_gpus(gpus: Sequence[layout.Gpu]) -> None:
     """A GPU reset: as a driver reload, for some GPUs; a pending MIG mode takes effect."""
     for gpu in gpus:

@@ -10,12 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from uuid import uuid4
 
 from wattlock_simulator import layout, physics
 from wattlock_simulator.physics import Architecture, Phase, Product, Workload
 
 STATE_NAME = "state.bin"
 LOG_NAME = "writes.log"
+BOOT_ID_NAME = "boot_id"
+"""What the agent reads in place of the kernel's boot id: simulated nodes share a kernel and reboot on their own."""
 
 DEFAULT_DIRECTORY = Path("/var/lib/wattlock-simulator")
 """Host directory of state file, library and write log; the same path in every container."""
@@ -109,6 +112,8 @@ class StateFile:
                 os.ftruncate(descriptor, ctypes.sizeof(layout.State))
                 mapping = mmap.mmap(descriptor, ctypes.sizeof(layout.State))
             os.close(descriptor)
+        if not (directory / BOOT_ID_NAME).exists():
+            write_boot_id(directory)
         file = cls(directory, mapping)
         state = file.state
         if (state.magic, state.version, state.size) != (layout.MAGIC, layout.VERSION, ctypes.sizeof(layout.State)):
@@ -151,6 +156,14 @@ class StateFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def write_boot_id(directory: Path) -> None:
+    """Gives the node a new boot id. It is replaced as a whole: nobody reads half of one."""
+    unfinished = directory / f".{BOOT_ID_NAME}.{os.getpid()}"
+    unfinished.write_text(f"{uuid4()}\n")
+    unfinished.chmod(0o644)
+    unfinished.replace(directory / BOOT_ID_NAME)
 
 
 def _identify(gpu: layout.Gpu, node_name: str, product: Product, index: int) -> None:

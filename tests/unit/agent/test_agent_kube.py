@@ -13,6 +13,7 @@ from wattlock_agent.kube import ApiAnswered, LeaseSeen, OrdersSeen, OrderWatch, 
 from wattlock_agent.orders import NO_ORDERS
 from wattlock_agent.staleness import Freshness, lease_read, why_stale
 from wattlock_api.base import timestamp
+from wattlock_api.constants import LEASE_RENEW_SECONDS
 from wattlock_api.nodeenergy import NodeEnergyStatus
 
 PATH = "/apis/wattlock.dev/v1alpha1/nodeenergies"
@@ -289,6 +290,13 @@ def test_a_dripping_answer_ends(server, client, monkeypatch):
     with pytest.raises(ApiError, match="not over after"):
         client.get(f"{PATH}/node-1")
     assert time.monotonic() - begun < 3
+
+
+@pytest.mark.parametrize(("stale_seconds", "lease_seconds"), [(60, 12), (600, 120), (86_400, 120)])
+def test_the_lease_is_read_often_enough_to_be_seen_to_change(client, stale_seconds, lease_seconds):
+    made = StatusLink(client, "node-1", "wattlock", queue.SimpleQueue().put, stale_seconds)
+    assert made._lease_seconds == lease_seconds
+    assert lease_seconds + LEASE_RENEW_SECONDS < stale_seconds
 
 
 def test_drain_waits_for_the_newest_status(server, client):

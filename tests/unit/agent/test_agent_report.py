@@ -14,7 +14,7 @@ from wattlock_agent.http_server import AgentServer
 from wattlock_agent.metrics import Snapshot, SnapshotBoard
 from wattlock_agent.report import Reported, build_status, is_due
 from wattlock_agent.settings import SettingsError, read_settings
-from wattlock_api.constants import GpuState, Reason
+from wattlock_api.constants import STALE_ORDERS_SECONDS, GpuState, Reason
 from wattlock_api.nodeenergy import NodeEnergyStatus
 from wattlock_api.schedule import Arm, arm_of, epoch_at, epoch_start_seconds
 
@@ -203,6 +203,8 @@ def test_settings_have_defaults():
     settings = read_settings(ENVIRONMENT)
     assert settings.mode == "Observe"
     assert settings.http_port == 9400
+    assert settings.stale_orders_seconds == STALE_ORDERS_SECONDS == 600
+    assert read_settings(ENVIRONMENT | {"WATTLOCK_STALE_ORDERS_SECONDS": "60"}).stale_orders_seconds == 60
     assert settings.api_server == "https://10.0.0.1:443"
     assert read_settings(ENVIRONMENT | {"KUBERNETES_SERVICE_HOST": "fd00::1"}).api_server == "https://[fd00::1]:443"
 
@@ -215,6 +217,10 @@ def test_settings_have_defaults():
         ({"WATTLOCK_HTTP_PORT": "http"}, "WATTLOCK_HTTP_PORT"),
         ({"WATTLOCK_HTTP_PORT": "0"}, "WATTLOCK_HTTP_PORT"),
         ({"WATTLOCK_STATE_DIR": "state"}, "WATTLOCK_STATE_DIR"),
+        ({"WATTLOCK_BOOT_ID_FILE": "boot_id"}, "WATTLOCK_BOOT_ID_FILE"),
+        ({"WATTLOCK_STALE_ORDERS_SECONDS": "59"}, "WATTLOCK_STALE_ORDERS_SECONDS"),
+        ({"WATTLOCK_STALE_ORDERS_SECONDS": "86401"}, "WATTLOCK_STALE_ORDERS_SECONDS"),
+        ({"WATTLOCK_STALE_ORDERS_SECONDS": "10m"}, "WATTLOCK_STALE_ORDERS_SECONDS"),
         ({"KUBERNETES_SERVICE_HOST": "a/b"}, "KUBERNETES_SERVICE_HOST"),
     ],
 )

@@ -281,6 +281,13 @@ def test_silence_of_either_makes_orders_stale():
     assert why_stale(renewed, STALE_ORDERS_SECONDS + 1.0) == ""
 
 
+def test_how_long_silence_is_borne_can_be_told():
+    fresh = lease_read(Freshness(0.0, stale_seconds=60), 0.0, "a", 1.0)
+    assert why_stale(fresh, 60.0) == ""
+    assert "API server has not answered for more than 60 s" in why_stale(fresh, 61.0)
+    assert "lease wattlock-operator for more than 60 s" in why_stale(api_answered(fresh, 61.0), 61.0)
+
+
 def test_an_old_lease_is_trusted_only_after_it_changed():
     old = lease_read(Freshness(0.0), 0.0, "a", 5000.0)
     assert why_stale(old, 1.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from wattlock_simulator import control, layout, state
 from wattlock_simulator.physics import Architecture, Phase, Product, Workload, operating_point
+from wattlock_simulator.state import StateFile
 
 DECODE = Workload(Architecture.GQA, Phase.DECODE, 32, 4096)
 THROTTLED_DECODE = Workload(Architecture.GQA, Phase.DECODE, 128, 4096)
@@ -247,6 +248,19 @@ def test_limiters_on_request(simulated, client, kind, bits, counters):
     assert client.call("nvmlDeviceGetCurrentClocksEventReasons", gpu=uuid) == bits
     after = fields(client, uuid, *layout.COUNTER_FIELDS)
     assert {f for f in after if after[f] > before[f]} == counters
+
+
+def test_a_reboot_is_a_reload_and_a_new_boot_id(simulated, client):
+    client.call("nvmlDeviceSetGpuLockedClocks", 345, 1590, gpu=simulated.uuids[0])
+    boot_id = simulated.directory / state.BOOT_ID_NAME
+    before = boot_id.read_text()
+    name = simulated.file.state.node_name.decode()
+    StateFile.create(simulated.directory, name, Product.H200, len(simulated.uuids)).close()
+    assert boot_id.read_text() == before, "the node's process starting anew is no reboot"
+    assert any(gpu.request.lock_range_mhz for gpu in simulated.file.gpus)
+    control.reboot(simulated.file)
+    assert boot_id.read_text() != before
+    assert not any(gpu.request.lock_range_mhz for gpu in simulated.file.gpus)
 
 
 def test_a_driver_reload_loses_locks_and_restarts_counters(simulated, client, nvml_code):
