@@ -250,10 +250,10 @@ def test_ten_thousand_pods_are_decided_in_little_time():
     many += [pod(f"x{index}", {"app": "web"}, f"n{index % 500}") for index in range(5000)]
     names_ = [f"n{index}" for index in range(500)]
     somewhere = world([policy()], [*many, pod("p0", PREFILL, "n0")], nodes=names_)
-    began = time.perf_counter()
+    began = time.process_time()  # ours alone: the machine may be busy
     decision = decide(somewhere, TEMPLATE, Memory(), NOW)
     assert len(decision.write_orders) == 500
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3
 
 
 def test_the_nodes_of_worlds_match_the_default_placement():
