@@ -13,7 +13,7 @@ from wattlock_operator.kube import daemon_sets_path
 from wattlock_operator.placement import daemon_set
 from wattlock_operator.sharing import MAX_PLACEMENTS, Shared
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 
 def daemon_sets(site: Site) -> list[dict[str, Any]]:
@@ -116,8 +116,10 @@ def test_a_placement_beyond_the_administrators_limit_does_nothing_and_says_what_
 
 
 def test_the_number_of_daemonsets_is_bounded(site, good_policy):
-    for index in range(MAX_PLACEMENTS + 2):
-        site.kubectl.apply(observer(good_policy, site, f"p{index:02}", nodeSelector={"pool": f"p{index}"}))
+    asked = range(MAX_PLACEMENTS + 2)
+    site.kubectl.apply(
+        *(observer(good_policy, site, f"p{index:02}", nodeSelector={"pool": f"p{index}"}) for index in asked)
+    )
     last = f"p{MAX_PLACEMENTS + 1:02}"
     eventually(lambda: site.condition("Ready", last)[1] == "TooManyPlacements")
     eventually(lambda: len(daemon_sets(site)) == MAX_PLACEMENTS)

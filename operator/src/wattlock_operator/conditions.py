@@ -155,8 +155,6 @@ def _enforced(facts: Facts) -> Finding:
         return Finding(
             kind, False, Reason.OBSERVE_MODE.value, "mode is Observe: write mode: Enforce to cap the Decode pools"
         )
-    if facts.refusal is not None:
-        return Finding(kind, False, facts.refusal.reason.value, facts.refusal.message)
     decode = [pool for pool in facts.pools if pool.role is Role.DECODE]
     capped = sum(pool.capped for pool in decode)
     gpus = sum(pool.gpus for pool in decode)

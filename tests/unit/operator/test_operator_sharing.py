@@ -1,5 +1,6 @@
 """Which placements are taken on, and which share a DaemonSet: one agent on a node, never without a right it needs."""
 
+import copy
 import dataclasses
 import random
 from typing import Any
@@ -13,7 +14,7 @@ from wattlock_api.constants import Reason
 from wattlock_api.energypolicy import Placement
 from wattlock_operator.decide import Decision, Memory, decide
 from wattlock_operator.placement import plan_daemon_sets
-from wattlock_operator.sharing import MAX_PLACEMENTS, is_within, placement_hash, refusals, share
+from wattlock_operator.sharing import MAX_PLACEMENTS, is_within, placement_hash, refusals, share, tolerates_as_much
 from wattlock_operator.world import PolicyView, World
 
 #: With terms of its own, as the chart's has them: paused nodes are left.
@@ -188,6 +189,15 @@ def test_a_placement_that_meets_two_others_joins_them():
     assert spec["nodeSelector"] == {}
 
 
+def test_a_selector_that_the_template_has_already_asks_for_no_more():
+    template = copy.deepcopy(TEMPLATE)
+    template["spec"]["template"]["spec"]["nodeSelector"] = {"os": "linux"}
+    found = [policy("a", spec=at("os", "linux")), policy("b", spec=at("zone"))]
+    (made,) = plan_daemon_sets(world(found), template, ()).apply
+    assert runs_on(made, {"os": "linux"}, set())
+    assert not runs_on(made, {"zone": "1"}, set())
+
+
 def test_younger_policies_that_ask_for_less_restart_nobody():
     old = policy("old", created="2026-01-01T00:00:00Z")
     narrower = policy(
@@ -196,6 +206,8 @@ def test_younger_policies_that_ask_for_less_restart_nobody():
         spec={"mode": "Observe", "placement": {"nodeSelector": {**GPU_NODE, "zone": "1"}}},
     )
     assert made_for([old, narrower]) == made_for([old])
+    elsewhere = policy("elsewhere", created="2026-01-01T00:00:00Z", spec=at("a"))
+    assert made_for([old, elsewhere, narrower]) == made_for([old, elsewhere])
 
 
 @pytest.mark.parametrize(
@@ -331,6 +343,34 @@ def test_one_namespace_cannot_push_out_the_first_placement_of_another():
 )
 def test_the_administrators_limit_holds_in_every_direction(spec, within):
     assert is_within(Placement.model_validate(spec), Placement()) is within
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow", "as_much"),
+    [
+        ({"operator": "Exists"}, {"key": "a", "value": "x"}, True),
+        ({"operator": "Exists", "effect": "NoSchedule"}, {"key": "a", "value": "x", "effect": "NoSchedule"}, True),
+        ({"operator": "Exists", "effect": "NoSchedule"}, {"key": "a", "value": "x"}, False),
+        ({"key": "a", "operator": "Exists"}, {"key": "a", "value": "x", "effect": "NoExecute"}, True),
+        ({"key": "a", "operator": "Exists"}, {"key": "b", "value": "x"}, False),
+        ({"key": "a", "operator": "Exists"}, {"operator": "Exists"}, False),
+        ({"key": "a", "value": "x"}, {"key": "a", "operator": "Equal", "value": "x", "effect": "NoExecute"}, True),
+        ({"key": "a", "value": "x"}, {"key": "a", "value": "y"}, False),
+        ({"key": "a", "value": "x"}, {"key": "a", "operator": "Exists"}, False),
+        ({"key": "a"}, {"key": "a", "value": ""}, True),
+        ({"key": "a"}, {"key": "a", "operator": "Exists"}, False),
+    ],
+)
+def test_which_toleration_goes_further(wide, narrow, as_much):
+    assert tolerates_as_much(Toleration.model_validate(wide), Toleration.model_validate(narrow)) is as_much
+
+
+def test_of_tolerations_that_say_the_same_one_is_kept():
+    same = [{"key": "gpu"}, {"key": "gpu", "operator": "Equal"}, {"key": "gpu", "value": ""}]
+    found = [policy(f"p{i}", spec=at("a", tolerations=[entry])) for i, entry in enumerate(same)]
+    (made,) = made_for(found)
+    assert len(made["spec"]["template"]["spec"]["tolerations"]) == 1
+    assert runs_on(made, {"a": "1"}, {("gpu", "", "NoSchedule")})
 
 
 @pytest.mark.parametrize(
