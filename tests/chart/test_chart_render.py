@@ -165,6 +165,13 @@ def test_the_operator_knows_its_surroundings(helm):
     assert key in named(objects, "ConfigMap", "wattlock-agent-template")["data"]
 
 
+def test_namespaces_with_pods_on_their_nodes_network_are_told_to_the_operator(helm):
+    variable = "WATTLOCK_HOST_NETWORK_NAMESPACES"
+    for sets, expected in ((("metrics.hostNetworkNamespaces={llm,rdma}",), "llm,rdma"), ((), None)):
+        (container,) = pods(helm.render(*sets))["operator"]["containers"]
+        assert environment(container).get(variable) == expected
+
+
 def test_a_changed_agent_template_restarts_the_operator(helm):
     def checksum(*sets: str) -> str:
         deployment = named(helm.render(*sets), "Deployment", "wattlock-operator")

@@ -18,8 +18,8 @@ from wattlock_api.constants import FORCE_RELEASE_ANNOTATION
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 API = "/apis/wattlock.dev/v1alpha1"
-#: The thousand is in the unit tier, where it takes seconds (test_operator_hostile.py).
-POLICIES, PODS = 300, 200
+#: A thousand are in the unit tier, where they take seconds (test_operator_hostile.py).
+POLICIES, PODS = 80, 120
 #: A busy machine takes its time.
 PATIENCE_SECONDS = 60
 #: What the operator itself looks for in labels, and long ones.

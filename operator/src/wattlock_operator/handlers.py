@@ -44,7 +44,10 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.networking.error_backoffs = _Backoffs()
     settings.watching.chunk_size = 500
     settings.execution.max_workers = 2
-    settings.queueing.worker_limit = 64
+    # A worker of Kopf holds a place for its object until that is idle so long, or for as long as its deletion waits.
+    # With few places and 5 s, its default, a tenant with some hundred objects keeps everybody's events waiting.
+    settings.queueing.worker_limit = 1024
+    settings.queueing.idle_timeout = 0.5
     settings.process.ultimate_exiting_timeout = 20
     settings.persistence.finalizer = f"{GROUP}/of-no-handler"
 
