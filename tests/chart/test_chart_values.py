@@ -30,12 +30,9 @@ REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "address without a mask": ("networkPolicy.servingCIDRs={10.0.0.1}", ("'/networkPolicy/servingCIDRs/0'",)),
     "name for an address": ("networkPolicy.apiServer.cidrs={api/24}", ("'/networkPolicy/apiServer/cidrs/0'",)),
     "peer without a selector": ("networkPolicy.metricsFrom={monitoring}", ("'/networkPolicy/metricsFrom/0'",)),
-<<<<<<< HEAD
     "agents without patience": ("agent.staleOrdersSeconds=30", ("/agent/staleOrdersSeconds", "want 60")),
     "node that is no name": ("reset.node=GPU_7", ("'/reset/node'", "does not match pattern")),
-=======
     "pattern for a namespace": ("metrics.hostNetworkNamespaces={llm-*}", ("'/metrics/hostNetworkNamespaces/0'",)),
->>>>>>> 0330d76 (Operator: more places for Kopf's workers, given back sooner, so that one tenant's objects keep nobody's events waiting)
     "hook without time": ("hooks.preDelete.timeoutSeconds=5", ("/hooks/preDelete/timeoutSeconds", "want 60")),
     "placement with a misspelt field": ("agent.allowedPlacements[0].nodeselector.a=b", ("'nodeselector' not allowed",)),
     "placement that tolerates for a while": (
