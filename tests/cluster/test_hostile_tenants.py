@@ -15,7 +15,7 @@ from operator_site import DECODE, NODE_LABEL, PREFILL, Site, placed
 from operator_site import eventually as patiently
 from wattlock_api.constants import FORCE_RELEASE_ANNOTATION
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 API = "/apis/wattlock.dev/v1alpha1"
 #: A thousand are in the unit tier, where they take seconds (test_operator_hostile.py).
@@ -70,7 +70,7 @@ def tenant(kubectl: Any, namespace: str, site: Site, tmp_path: Any) -> Iterator[
         yield found
     finally:
         # while the operator of the site still runs: it has to let the policies go
-        kubectl.within(mine).run("delete", "energypolicies", "--all", "--timeout=100s", timeout_seconds=110)
+        kubectl.within(mine).run("delete", "energypolicies", "--all", "--timeout=240s", timeout_seconds=250)
         kubectl.run("delete", "-f", "-", "--ignore-not-found", "--wait=false", stdin=roles, check=False)
         kubectl.run("delete", "namespace", mine, "--wait=false", check=False)
 
