@@ -15,7 +15,7 @@ from wattlock_api.constants import FINALIZER
 from wattlock_operator.kube import NODE_ENERGIES, POLICIES
 from wattlock_operator.lease import DURATION_SECONDS, LEADING_SECONDS
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 KWH = 3.6e6
 NODES = 10
@@ -100,8 +100,8 @@ def settle(site: Site, good_policy: dict[str, Any], count: int) -> list[str]:
         site.agent(node)
     tell(site, measured(10))
     site.kubectl.apply(placed(good_policy, site))
-    eventually(lambda: all(caps(site, node) == {1590} for node in nodes), 90)
-    eventually(lambda: site.condition("Ready")[0] == "True", 90, str(site.condition("Ready")))
+    eventually(lambda: all(caps(site, node) == {1590} for node in nodes), 180)
+    eventually(lambda: site.condition("Ready")[0] == "True", 180)
     return nodes
 
 
