@@ -385,7 +385,7 @@ class Site:
         """Return what of Wattlock does not work as it should, a sentence by name; empty when all does."""
         found = {}
         for body in self.pods(SYSTEM) + self.pods():
-            if self.ended & set(self.container_ids(body)):
+            if body["status"].get("phase") == "Running" and self.ended & set(self.container_ids(body)):
                 found[body["metadata"]["name"]] = "has not been started anew"
         if not self.operator_is_ready():
             found["operator"] = "is not ready"
