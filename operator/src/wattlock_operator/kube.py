@@ -31,6 +31,7 @@ _GROUP_PATH = f"/apis/{GROUP}/{VERSION}"
 POLICIES = f"{_GROUP_PATH}/energypolicies"
 NODE_ENERGIES = f"{_GROUP_PATH}/nodeenergies"
 PROFILES = f"{_GROUP_PATH}/clockprofiles"
+CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 PODS = "/api/v1/pods"
 NODES = "/api/v1/nodes"
 

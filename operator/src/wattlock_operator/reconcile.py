@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from wattlock_api.boottime import now_seconds
-from wattlock_api.constants import LEASE_RENEW_SECONDS
+from wattlock_api.constants import GROUP, LEASE_RENEW_SECONDS
 
 from wattlock_operator import kube as api
 from wattlock_operator.apply import Applier, NotLeadingError, ensure_published_profile, read_daemon_sets
@@ -60,6 +60,10 @@ def read_template(settings: Settings) -> Mapping[str, Any] | None:
     return template if isinstance(template, dict) else {}
 
 
+class _KindsAreNewError(Exception):
+    """The process had better start anew."""
+
+
 class Reconciler:
     """Owns the store, the memory of decisions and the lease."""
 
@@ -78,6 +82,8 @@ class Reconciler:
         self._failures = 0
         self._beat = time.monotonic()
         self._synced, self._resync_at = False, 0.0
+        self._kind_uids: list[str] = []
+        self._profile_ensured = False
 
     def _mark(self) -> None:
         if self._loop is not None:
@@ -117,6 +123,18 @@ class Reconciler:
                 complete = False
         return complete
 
+    def _kinds_are_new(self) -> bool:
+        """Return whether our kinds were deleted and installed again since the start.
+
+        Kopf's watches do not always survive that: it looks a kind up when it is announced, a moment before it is
+        served, and not again.
+        """
+        names = (path.rsplit("/", 1)[1] for path in (api.POLICIES, api.NODE_ENERGIES, api.PROFILES))
+        found = [self._kube.get(f"{api.CRDS}/{name}.{GROUP}") or {} for name in names]
+        uids = [str((body.get("metadata") or {}).get("uid")) for body in found]
+        self._kind_uids = self._kind_uids or uids
+        return uids != self._kind_uids
+
     async def lead(self) -> None:
         """Keep the lease, or stand by for it."""
         led: bool | None = None
@@ -145,7 +163,7 @@ class Reconciler:
             await asyncio.sleep(pause_seconds)
 
     async def run(self) -> None:
-        """Run until cancelled."""
+        """Run until cancelled, or until the process had better start anew."""
         self._loop = asyncio.get_running_loop()
         while True:
             self._beat = time.monotonic()
@@ -153,6 +171,9 @@ class Reconciler:
             self._dirty.clear()
             try:
                 wait_seconds = await self._turn()
+            except _KindsAreNewError:
+                log.warning("our kinds were deleted and installed again: leaving, to be started with new watches")
+                return
             except NotLeadingError:
                 log.info("not leading any more: the rest of the pass is left to another operator")
             except KubeError as error:
@@ -182,13 +203,17 @@ class Reconciler:
         if takes_over or time.monotonic() >= self._resync_at:
             self._synced = await asyncio.to_thread(self._resync)
             self._resync_at = time.monotonic() + (RESYNC_SECONDS if self._synced else PERIOD_SECONDS)
+            if self._synced and await asyncio.to_thread(self._kinds_are_new):
+                raise _KindsAreNewError
         if takes_over:
             # Another one led meanwhile and wrote the sums on: ours are old. Go on from what it wrote.
             self._memory, self._term = Memory(), term
-            await asyncio.to_thread(ensure_published_profile, self._kube)
         if not self.leading:
             self._metrics.show((), leading=False)  # who leads shows the policies; twice would be counted twice
             return PERIOD_SECONDS
+        if self._synced and not self._profile_ensured:
+            await asyncio.to_thread(ensure_published_profile, self._kube)
+            self._profile_ensured = True
         return await asyncio.to_thread(self._pass)
 
     def _world(self, daemon_sets: tuple[DaemonSetView, ...]) -> World:
@@ -212,7 +237,9 @@ class Reconciler:
             self._metrics.show(
                 ((policy, decision.statuses[policy.uid]) for policy in world.policies), leading=self.leading
             )
-            if not self._carry_out(decision, world, unix_seconds):
+            if not self._carry_out(decision, world, unix_seconds) or not self._synced:
+                # What cannot be written may be gone, without a watch that told it: a kind that was deleted, for one.
+                self._resync_at = min(self._resync_at, time.monotonic() + PERIOD_SECONDS)
                 return self._retry_seconds()
             self._failures = 0
             return STATES_SECONDS if decision.again_soon else PERIOD_SECONDS

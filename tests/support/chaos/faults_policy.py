@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from random import Random
 
-from wattlock_operator.kube import node_energy_path
-from workloads import SYSTEM
-
 from chaos.fault import Hold, Released, Settled, Stage, fault, some_node
 from chaos.site import NAMESPACE, POLICIES_NAMES, Site, policy, until
+from wattlock_operator.kube import node_energy_path
+from workloads import SYSTEM
 
 _CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
@@ -100,7 +99,10 @@ def uninstall(site: Site, rng: Random) -> Iterator[Stage]:
 
 @fault("CRDs deleted", "everything", 0.4)
 def crds_deleted(site: Site, rng: Random) -> Iterator[Stage]:
-    """Our kinds are deleted with all their objects: nothing stays locked. Then they come back."""
+    """Our kinds are deleted with all their objects: nothing stays locked. Then they come back, and the operator starts
+    anew to watch them."""
+    for body in site.operators():
+        site.allow_restart(body)
     names = ["energypolicies", "nodeenergies", "clockprofiles"]
     rng.shuffle(names)
     for name in names:

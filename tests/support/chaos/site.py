@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from chaos.nodes import DRIVER, JOURNAL, ROOT, Node, pids_of_container, signal_all
+from chaos.truth import parse_pod
 from wattlock_operator.kube import (
     NODES,
     POLICIES,
@@ -22,9 +24,6 @@ from wattlock_operator.kube import (
 from wattlock_simulator import control
 from wattlock_simulator.state import LOG_NAME
 from workloads import AGENT_LABEL, OPERATOR_LABEL, SERVING_PORT, SYSTEM, serving
-
-from chaos.nodes import DRIVER, JOURNAL, ROOT, Node, pids_of_container, signal_all
-from chaos.truth import parse_pod
 
 NAMESPACE = "chaos"
 GPUS_PER_NODE = 4
@@ -194,7 +193,7 @@ class Site:
         found = {}
         for body in WORKLOADS:
             selector = body["spec"]["selector"]["matchLabels"]
-            mine = [pod for pod in pods if selector.items() <= pod.labels.items()]
+            mine = [pod for pod in pods if selector.items() <= pod.labels.items() and (pod.running or pod.begins)]
             ready = [pod for pod in mine if pod.ready and not pod.going]
             if len(ready) != body["spec"]["replicas"] or len(mine) != len(ready):
                 found[body["metadata"]["name"]] = f"has {len(ready)} ready pods of {len(mine)}"
@@ -399,6 +398,11 @@ class Site:
             if locked != recorded:
                 found[f"journal of {name}"] = f"records {sorted(recorded)}, locked are {sorted(locked)}"
         return found
+
+    def allow_restart(self, body: Json) -> None:
+        """Note that a pod may start its containers anew once more; it need not."""
+        uid = body["metadata"]["uid"]
+        self.restarts[uid] = self.restarts.get(uid, 0) + 1
 
     def _unsettled(self) -> dict[str, str]:
         """Return where operator or agents have not caught up."""

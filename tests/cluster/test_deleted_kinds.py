@@ -1,0 +1,49 @@
+"""Somebody deletes our kinds while policies are in force: they go, and are served again once they are back."""
+
+from pathlib import Path
+
+import pytest
+from operator_site import DECODE, PREFILL, eventually, placed
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("energypolicies.wattlock.dev", "nodeenergies.wattlock.dev", "clockprofiles.wattlock.dev")
+
+
+@pytest.fixture
+def crds_afterwards(kubectl):
+    """Whatever happens, the next test finds our kinds."""
+
+    def restore():
+        kubectl.run("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
+        kubectl.run("wait", "--for=condition=Established", "--timeout=30s", "-f", str(ROOT / "crds"))
+
+    yield restore
+    restore()
+
+
+def locked(site):
+    return site.policy().get("status", {}).get("summary", {}).get("locked")
+
+
+@pytest.mark.parametrize("first", KINDS[:2])
+def test_deleted_kinds_are_not_held_up_and_may_come_back(kubectl, crds_afterwards, site, good_policy, first):
+    node = site.node()
+    site.pod("decode-0", node, DECODE)
+    site.pod("prefill-0", node, PREFILL)
+    site.agent(node)
+    site.kubectl.apply(placed(good_policy, site))
+    eventually(lambda: locked(site) == 1, 60)
+
+    for kind in sorted(KINDS, key=lambda kind: kind != first):
+        kubectl.run("delete", "crd", kind, "--wait=false")
+    eventually(lambda: not {crd["metadata"]["name"] for crd in kubectl.get("crd")["items"]} & set(KINDS), 60)
+    assert site.operator.poll() is None, "the operator lives"
+
+    crds_afterwards()
+    # In a pod the kubelet starts it anew.
+    assert site.operator.wait(60) == 0
+    site.start()
+    site.kubectl.apply(placed(good_policy, site))
+    eventually(lambda: locked(site) == 1, 60)
