@@ -23,27 +23,33 @@ def crds_afterwards(kubectl):
     restore()
 
 
-def locked(site):
-    return site.policy().get("status", {}).get("summary", {}).get("locked")
+def delete(kubectl, kinds):
+    for kind in kinds:
+        kubectl.run("delete", "crd", kind, "--wait=false")
+    eventually(lambda: not {crd["metadata"]["name"] for crd in kubectl.get("crd")["items"]} & set(KINDS), 45)
+
+
+def in_force(site, policy):
+    """A node of its own each time: one without a kubelet soon counts as gone, and its pods as not ready."""
+    node = site.node()
+    site.pod(f"decode-{node}", node, DECODE)
+    site.pod(f"prefill-{node}", node, PREFILL)
+    agent = site.agent(node)
+    site.kubectl.apply(policy)
+    eventually(lambda: site.policy().get("status", {}).get("summary", {}).get("locked"), 60)
+    return agent
 
 
 @pytest.mark.parametrize("first", KINDS[:2])
 def test_deleted_kinds_are_not_held_up_and_may_come_back(kubectl, crds_afterwards, site, good_policy, first):
-    node = site.node()
-    site.pod("decode-0", node, DECODE)
-    site.pod("prefill-0", node, PREFILL)
-    site.agent(node)
-    site.kubectl.apply(placed(good_policy, site))
-    eventually(lambda: locked(site) == 1, 60)
-
-    for kind in sorted(KINDS, key=lambda kind: kind != first):
-        kubectl.run("delete", "crd", kind, "--wait=false")
-    eventually(lambda: not {crd["metadata"]["name"] for crd in kubectl.get("crd")["items"]} & set(KINDS), 60)
+    policy = placed(good_policy, site)
+    agent = in_force(site, policy)
+    delete(kubectl, sorted(KINDS, key=lambda kind: kind != first))
+    agent.stop()
     assert site.operator.poll() is None, "the operator lives"
 
     crds_afterwards()
     # In a pod the kubelet starts it anew.
     assert site.operator.wait(60) == 0
     site.start()
-    site.kubectl.apply(placed(good_policy, site))
-    eventually(lambda: locked(site) == 1, 60)
+    in_force(site, policy)

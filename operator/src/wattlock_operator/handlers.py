@@ -7,7 +7,7 @@ every replica, by handlers; and it removes a finalizer that it knows and that no
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import kopf
@@ -62,7 +62,7 @@ def _watch(registry: kopf.OperatorRegistry, resource: tuple[str, ...], kind: Kin
     kopf.on.event(*resource, id=f"see-{kind.name}", registry=registry)(see)
 
 
-def register(store: Store) -> kopf.OperatorRegistry:
+def register(store: Store, kinds_changed: Callable[[], None]) -> kopf.OperatorRegistry:
     """Return a registry with all watches."""
     registry = kopf.OperatorRegistry()
 
@@ -77,5 +77,17 @@ def register(store: Store) -> kopf.OperatorRegistry:
 
     for resource, kind in _WATCHED:
         _watch(registry, resource, kind, store)
+
+    @kopf.on.event(
+        "apiextensions.k8s.io",
+        "v1",
+        "customresourcedefinitions",
+        id="see-kinds",
+        when=lambda spec, **_: spec.get("group") == GROUP,
+        registry=registry,
+    )
+    async def see_kinds(event: kopf.RawEvent, **_: Any) -> None:
+        if event["type"] is not None:  # else it is one that was there at the start
+            kinds_changed()
 
     return registry

@@ -38,6 +38,10 @@ MAX_RETRY_SECONDS = 15.0
 LAST_WRITE_SECONDS = 10.0
 #: Whole lists are read so often: a watch may miss a deletion while it reconnects.
 RESYNC_SECONDS = 300.0
+#: After our kinds changed the watches tell nothing for a while (of a kind that is being deleted, nothing at all): whole
+#: lists are read more often, for so long.
+CLOSE_LOOK_SECONDS = 600.0
+CLOSE_RESYNC_SECONDS = 10.0
 #: Without a sign of life for so long the operator is to be restarted. Longer than a pass that meets time-outs.
 HUNG_SECONDS = 180.0
 
@@ -84,6 +88,7 @@ class Reconciler:
         self._synced, self._resync_at = False, 0.0
         self._kind_uids: list[str] = []
         self._profile_ensured = False
+        self._close_look_until = 0.0
 
     def _mark(self) -> None:
         if self._loop is not None:
@@ -104,6 +109,12 @@ class Reconciler:
     def ready(self) -> bool:
         """Whether the world is known: then this one leads, or can at once."""
         return self._synced
+
+    def kinds_changed(self) -> None:
+        """Note that one of our CustomResourceDefinitions was changed, deleted or installed."""
+        self._close_look_until = time.monotonic() + CLOSE_LOOK_SECONDS
+        self._resync_at = 0.0
+        self._mark()
 
     def _resync(self) -> bool:
         """Read the whole lists; return whether every kind is there.
@@ -162,6 +173,14 @@ class Reconciler:
                     led = None
             await asyncio.sleep(pause_seconds)
 
+    async def _read_all(self) -> None:
+        self._resync_at = time.monotonic() + RESYNC_SECONDS  # before, so that a change meanwhile is not lost
+        try:
+            self._synced = await asyncio.to_thread(self._resync)
+        except KubeError:
+            self._resync_at = 0.0
+            raise
+
     async def run(self) -> None:
         """Run until cancelled, or until the process had better start anew."""
         self._loop = asyncio.get_running_loop()
@@ -187,6 +206,9 @@ class Reconciler:
                 # A bug must not stop the lease or the watches; it shows in the log and in wattlock_operator_errors.
                 log.exception("the pass over the cluster failed")
                 self._metrics.failed("bug")
+            if time.monotonic() < self._close_look_until:
+                self._resync_at = min(self._resync_at, time.monotonic() + CLOSE_RESYNC_SECONDS)
+                wait_seconds = min(wait_seconds, CLOSE_RESYNC_SECONDS)
             await asyncio.sleep(hold_seconds)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._dirty.wait(), wait_seconds)
@@ -201,8 +223,7 @@ class Reconciler:
         term = self._lease.term
         takes_over = self.leading and term != self._term
         if takes_over or time.monotonic() >= self._resync_at:
-            self._synced = await asyncio.to_thread(self._resync)
-            self._resync_at = time.monotonic() + (RESYNC_SECONDS if self._synced else PERIOD_SECONDS)
+            await self._read_all()
             if self._synced and await asyncio.to_thread(self._kinds_are_new):
                 raise _KindsAreNewError
         if takes_over:
@@ -237,9 +258,7 @@ class Reconciler:
             self._metrics.show(
                 ((policy, decision.statuses[policy.uid]) for policy in world.policies), leading=self.leading
             )
-            if not self._carry_out(decision, world, unix_seconds) or not self._synced:
-                # What cannot be written may be gone, without a watch that told it: a kind that was deleted, for one.
-                self._resync_at = min(self._resync_at, time.monotonic() + PERIOD_SECONDS)
+            if not self._carry_out(decision, world, unix_seconds):
                 return self._retry_seconds()
             self._failures = 0
             return STATES_SECONDS if decision.again_soon else PERIOD_SECONDS

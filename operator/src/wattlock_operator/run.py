@@ -38,7 +38,7 @@ async def _watch(reconciler: Reconciler, metrics: Metrics, stop: asyncio.Event) 
         began_seconds = now_seconds()
         try:
             await kopf.operator(
-                registry=handlers.register(reconciler.store),
+                registry=handlers.register(reconciler.store, reconciler.kinds_changed),
                 settings=kopf_settings,
                 standalone=True,
                 clusterwide=True,
