@@ -7,8 +7,9 @@ import pytest
 from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
 from wattlock_api.constants import AGENT_COMPONENT, COMPONENT_LABEL, PLACEMENT_LABEL
 from wattlock_api.energypolicy import Placement
+from wattlock_api.policystatus import EnergyPolicyStatus
 from wattlock_operator.apply import event_body
-from wattlock_operator.decide import Memory, decide
+from wattlock_operator.decide import Memory, Written, decide
 from wattlock_operator.events import Telling
 from wattlock_operator.orders import give_orders
 from wattlock_operator.placement import placement_hash
@@ -157,3 +158,11 @@ def test_a_thousand_statuses_are_written_in_turns_and_none_is_forgotten():
         seen += [view.uid for view, _ in decision.write_statuses]
     assert sorted(seen) == sorted(view.uid for view in policies)
     assert decide(world(policies), None, memory, NOW + passes).write_statuses == ()
+
+
+def test_who_waited_longest_is_written_first():
+    policies = [policy(f"p{number:04}", uid=f"uid-{number}") for number in range(300)]
+    ages_seconds = {view.uid: 60 if number >= 200 else 30 for number, view in enumerate(policies)}
+    written = {uid: Written(EnergyPolicyStatus(), NOW - age) for uid, age in ages_seconds.items()}
+    decision = decide(world(policies), None, Memory(written=written), NOW)
+    assert {view.uid for view in policies[200:]} <= {view.uid for view, _ in decision.write_statuses}
