@@ -14,8 +14,9 @@ import urllib3
 import yaml
 from wattlock_operator.kube import Kube
 
-#: Headers that are about one connection, not about the message.
+#: Headers that are about one connection, not about the message, and whose place the proxy's own right takes.
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "te", "upgrade"}
+_REPLACED = _HOP_BY_HOP | {"authorization", "accept-encoding"}
 _BLOCKED_SECONDS = 120.0
 
 
@@ -161,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
     def forward(self, sent: bytes, share: float = 1.0, passed: list[int] | None = None) -> None:
         """Pass the request on and its answer back; a share below 1 ends in the middle of it."""
         client = self.server.upstream.client
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in _REPLACED}
         # Compressed answers could not be cut in the middle of their text.
         headers["Accept-Encoding"] = "identity"
         client.update_params_for_auth(headers, [], ["BearerToken"], "", "", None)
