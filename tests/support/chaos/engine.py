@@ -81,7 +81,7 @@ class Engine:
     """Does steps."""
 
     def __init__(self, site: Site, recorder: Recorder) -> None:
-        self._site, self._recorder = site, recorder
+        self._site, self.recorder = site, recorder
         self._saved: dict[str, float] = {}
         self.rows: dict[str, Row] = {}
 
@@ -100,7 +100,7 @@ class Engine:
             now = time.monotonic()
             found, last = Wrong(), "the API server does not answer"
             try:
-                world = self._recorder.world()
+                world = self.recorder.world()
                 self._take_savings(world)
                 found = wrong(world)
                 waits = self._site.incomplete() if healthy else {}
@@ -137,7 +137,7 @@ class Engine:
         """
         began = time.monotonic()
         while True:
-            locked = {uuid for node in stage.nodes for uuid in self._recorder.locked_on(node)}
+            locked = {uuid for node in stage.nodes for uuid in self.recorder.locked_on(node)}
             if not locked:
                 return time.monotonic() - began
             if time.monotonic() - began > stage.within_seconds:
@@ -147,7 +147,7 @@ class Engine:
     def do(self, step: Step) -> Result:
         """Do a step, and judge it."""
         result = Result()
-        wrong_before = len(self._recorder.wrong)
+        wrong_before = len(self.recorder.wrong)
         seconds: list[float] = []
         try:
             self._do(step, seconds)
@@ -156,14 +156,14 @@ class Engine:
             result.problems.append(str(error))
             result.left = len(self._unwanted())
         result.restore_seconds = max(seconds, default=0.0)
-        result.problems += self._recorder.wrong[wrong_before:]
-        result.wrong = len(self._recorder.wrong) - wrong_before
+        result.problems += self.recorder.wrong[wrong_before:]
+        result.wrong = len(self.recorder.wrong) - wrong_before
         try:
             result.problems += self._site.unexpected_restarts()
         except KubeError as error:
             result.problems.append(str(error))
-        if self._recorder.failure is not None:
-            result.problems.append(f"the recorder failed: {self._recorder.failure!r}")
+        if self.recorder.failure is not None:
+            result.problems.append(f"the recorder failed: {self.recorder.failure!r}")
         row = self.rows.setdefault(step.name if len(step.faults) == 1 else "two at once", Row())
         row.times += 1
         row.seconds.append(result.restore_seconds)
@@ -173,7 +173,7 @@ class Engine:
 
     def _unwanted(self) -> set[str]:
         try:
-            world = self._recorder.world()
+            world = self.recorder.world()
         except KubeError:
             return set()
         return set(wrong(world).locked)

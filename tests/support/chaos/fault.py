@@ -43,17 +43,19 @@ class Fault:
     """What it takes hold of: two faults that share nothing may happen at once."""
     weight: float
     """How often, against others; 1 is usual, slow ones are rarer."""
+    in_tests: bool = True
+    """Whether ``make test`` does it, too. Left out is what others there do as well."""
 
 
 CATALOGUE: dict[str, Fault] = {}
 
 
-def fault(name: str, touches: str, weight: float = 1.0) -> Callable[[Doing], Doing]:
+def fault(name: str, touches: str, weight: float = 1.0, *, in_tests: bool = True) -> Callable[[Doing], Doing]:
     """Enter a function into the catalogue; its docstring says what happens. It leaves nothing of the fault behind."""
 
     def enter(do: Doing) -> Doing:
         text = " ".join((do.__doc__ or "").split())
-        CATALOGUE[name] = Fault(name, text, do, frozenset(touches.split()), weight)
+        CATALOGUE[name] = Fault(name, text, do, frozenset(touches.split()), weight, in_tests)
         return do
 
     return enter

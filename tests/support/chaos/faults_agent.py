@@ -35,7 +35,7 @@ def sigterm(site: Site, rng: Random) -> Iterator[Stage]:
     yield Hold(rng.uniform(0, 2))
 
 
-@fault("agent SIGKILL", "agents", 2)
+@fault("agent SIGKILL", "agents", 2, in_tests=False)
 def sigkill(site: Site, rng: Random) -> Iterator[Stage]:
     """Every agent is killed at a random instant: its locks stay until the next agent has read the journal."""
     yield Hold(rng.uniform(0, 3))
@@ -103,7 +103,7 @@ def rollout(site: Site, rng: Random) -> Iterator[Stage]:
     yield Hold(rng.uniform(0, 3))
 
 
-@fault("chart upgraded", "agents daemonset operator", 0.4)
+@fault("chart upgraded", "agents daemonset operator", 0.4, in_tests=False)
 def upgrade(site: Site, rng: Random) -> Iterator[Stage]:
     """helm upgrade with another template of the agents: the operator restarts and replaces every agent."""
     site.install("--set", f"agent.podAnnotations.chaos=n{rng.randrange(10**6)}")
@@ -119,7 +119,7 @@ def evicted(site: Site, rng: Random) -> Iterator[Stage]:
     yield Hold(rng.uniform(0, 3))
 
 
-@fault("agent deleted by force", "agents")
+@fault("agent deleted by force", "agents", in_tests=False)
 def deleted_by_force(site: Site, rng: Random) -> Iterator[Stage]:
     """The agents' pods are deleted with no time to stop."""
     for body in site.agents():

@@ -32,7 +32,7 @@ def killed(site: Site, rng: Random) -> Iterator[Stage]:
     yield Hold(rng.uniform(0, 2))
 
 
-@fault("operator's pod deleted", "operator")
+@fault("operator's pod deleted", "operator", in_tests=False)
 def pod_deleted(site: Site, rng: Random) -> Iterator[Stage]:
     """The operator's pod is deleted, with or without time to stop."""
     grace_seconds = rng.choice([None, 0])
@@ -41,7 +41,7 @@ def pod_deleted(site: Site, rng: Random) -> Iterator[Stage]:
     yield Hold(rng.uniform(0, 2))
 
 
-@fault("operator down", "operator")
+@fault("operator down", "operator", in_tests=False)
 def down(site: Site, rng: Random) -> Iterator[Stage]:
     """The operator is scaled to zero for some seconds."""
     with site.operator_down():
@@ -55,7 +55,7 @@ def lease_stale(site: Site, rng: Random) -> Iterator[Stage]:
         yield Released(frozenset(site.nodes), within_seconds=STALE_SECONDS + 60)
 
 
-@fault("API server stopped", "api")
+@fault("API server stopped", "api", in_tests=False)
 def api_stopped(site: Site, rng: Random) -> Iterator[Stage]:
     """The API server stops answering for some seconds: locks stay."""
     with api_server_stopped(site):

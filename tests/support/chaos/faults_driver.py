@@ -37,7 +37,7 @@ def _driver_fails(node: Node, function: str, code: int, gpus: list[int] | None =
                 control.clear_faults(gpu.faults)
 
 
-@fault("GPU lost", "driver")
+@fault("GPU lost", "driver", in_tests=False)
 def gpu_lost(site: Site, rng: Random) -> Iterator[Stage]:
     """A GPU answers nothing but GPU_IS_LOST or an unknown error for some seconds."""
     node = site.nodes[some_node(site, rng)]
@@ -46,7 +46,7 @@ def gpu_lost(site: Site, rng: Random) -> Iterator[Stage]:
     site.touch_policies()
 
 
-@fault("driver refuses to lock", "driver policies")
+@fault("driver refuses to lock", "driver policies", in_tests=False)
 def refuses_to_lock(site: Site, rng: Random) -> Iterator[Stage]:
     """The driver refuses new locks while caps change; once it is well, a changed order is carried out."""
     node = site.nodes[some_node(site, rng)]
@@ -149,7 +149,7 @@ def damaged(site: Site, rng: Random) -> Iterator[Stage]:
     yield Hold(rng.uniform(0, 2))
 
 
-@fault("metrics pages broken", "pods")
+@fault("metrics pages broken", "pods", in_tests=False)
 def metrics_broken(site: Site, rng: Random) -> Iterator[Stage]:
     """Serving pods answer the agent with rubbish: caps stay, only the proof is missing."""
     pods = site.decode_pods()

@@ -33,7 +33,7 @@ def drained(site: Site, rng: Random) -> Iterator[Stage]:
     site.deploy()
 
 
-@fault("kubelet stopped", "nodes")
+@fault("kubelet stopped", "nodes", in_tests=False)
 def kubelet_stopped(site: Site, rng: Random) -> Iterator[Stage]:
     """A kubelet is killed for some seconds; its pods go on."""
     node = site.nodes[some_node(site, rng)]
@@ -125,7 +125,7 @@ def shuffled(site: Site, rng: Random) -> Iterator[Stage]:
     site.deploy()
 
 
-@fault("serving process killed", "pods")
+@fault("serving process killed", "pods", in_tests=False)
 def serving_killed(site: Site, rng: Random) -> Iterator[Stage]:
     """A serving container crashes and is started anew in its pod."""
     body = rng.choice(site.decode_pods())

@@ -71,7 +71,7 @@ def selector_changed(site: Site, rng: Random) -> Iterator[Stage]:
     site.apply_policies()
 
 
-@fault("cap changed", "policies")
+@fault("cap changed", "policies", in_tests=False)
 def cap_changed(site: Site, rng: Random) -> Iterator[Stage]:
     """Caps are changed, some times in a row."""
     for _ in range(rng.randint(1, 4)):
@@ -87,7 +87,7 @@ def node_energy_deleted(site: Site, rng: Random) -> Iterator[Stage]:
     yield Hold(rng.uniform(0, 2))
 
 
-@fault("helm uninstall and install", "everything", 0.4)
+@fault("helm uninstall and install", "everything", 0.4, in_tests=False)
 def uninstall(site: Site, rng: Random) -> Iterator[Stage]:
     """The chart is uninstalled with policies still there: nothing stays locked. Then it is installed again."""
     site.helm("uninstall", "wattlock", "--wait", "--timeout", "3m")

@@ -145,6 +145,7 @@ class Site:
             self.delete_policy(name)
         until("the policies are gone", lambda: not self.policies(), 90)
         self.kube.delete(f"/api/v1/namespaces/{NAMESPACE}")
+        until("the workload is gone", lambda: self.kube.get(f"/api/v1/namespaces/{NAMESPACE}") is None, 120)
 
     def kill_agents_for_good(self) -> None:
         """Kill the agents while their kubelets cannot start them anew, and delete their DaemonSet and the operator."""
