@@ -111,7 +111,7 @@ def crds_deleted(site: Site, rng: Random) -> Iterator[Stage]:
     until(
         "the kinds are gone", lambda: all(site.kube.get(f"{_CRDS}/{name}.wattlock.dev") is None for name in names), 90
     )
-    site.install_crds()
+    site.install()
     site.apply_policies()
 
 

@@ -212,13 +212,6 @@ class Site:
         query = {"fieldManager": "chaos", "force": "true"}
         self.kube.request("PATCH", path, query, body, "application/apply-patch+yaml")
 
-    def install_crds(self) -> None:
-        """Bring our kinds back."""
-        command = ["kubectl", "apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds")]
-        subprocess.run(command, capture_output=True, timeout=60, check=True)
-        command = ["kubectl", "wait", "--for=condition=Established", "--timeout=30s", "-f", str(ROOT / "crds")]
-        subprocess.run(command, capture_output=True, timeout=60, check=True)
-
     def helm(self, *arguments: str) -> str:
         """Run helm in Wattlock's namespace."""
         command = ["helm", *arguments, "--namespace", SYSTEM]
@@ -236,7 +229,6 @@ class Site:
         for body in self.pods():
             if "ownerReferences" not in body["metadata"]:
                 self.delete_pod(body, 0)
-        self.install_crds()
         self.install()
         self.deploy()
         self.apply_policies()
