@@ -140,9 +140,12 @@ class MetricsTokens:
 
     def read(self) -> Tokens:
         """As TokenSource; blocks for 3 s at most."""
+        before_seconds = boottime.now_seconds()
         page = self.page()
+        # The engine counted somewhere between question and answer: the middle is the best estimate.
+        at_seconds = (before_seconds + boottime.now_seconds()) / 2
         prompt = page.prompt_tokens if page.computed_prompt_tokens is None else page.computed_prompt_tokens
-        return Tokens(boottime.now_seconds(), page.generated_tokens or 0.0, prompt or 0.0)
+        return Tokens(at_seconds, page.generated_tokens or 0.0, prompt or 0.0)
 
     def running(self) -> float:
         """Return how many requests run; infinity where the page does not tell.

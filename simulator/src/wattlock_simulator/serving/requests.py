@@ -4,8 +4,9 @@ Continuous batching in its simplest form: prompts that wait are computed first, 
 requests get a token with each step. A prompt that was computed before is in the prefix cache and is not computed again.
 
 The GPUs tell their progress every 100 ms, so requests end up to one tick late. What the GPUs did beyond the end of a
-request is handed to the next one that comes soon after, as a real engine would have put it into the batch at once. So
-tokens and joules belong together here as well.
+request is handed to the next one that comes soon after, as a real engine would have put it into the batch at once. The
+counters move when the GPUs have done the work, not when a client comes to fetch it: so tokens and joules belong
+together here as well.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class RequestEngine(Engine):
             0  # left by requests that ended in the last interval: clients take them again within milliseconds
         )
         self._step_seconds = 0.01
-        self._fraction = 0.0
+        self._fractions: dict[str, float] = {}
         self._prompt_credit = 0.0
         self._last_work = 0.0
         self._credits: tuple[list[float], list[float]] = ([], [])  # tokens, of the last interval and the one before
@@ -124,31 +125,39 @@ class RequestEngine(Engine):
             self._prompt_credit = self._last_work = 0.0
         elif work.phase is Phase.PREFILL:
             done = steps * work.batch * work.context
+            self.counters.computed_prompt_tokens += self._whole("prompt", done)
             self._prompt_credit = min(self._prompt_credit, self._last_work) + done
             self._last_work = done
         else:
             self._step_seconds = seconds / steps
+            self._count_generated(steps * work.batch)
             for request in self._batch:
                 self._generate(request, steps)
             self._batch = [request for request in self._batch if not request.done]
         self._admit()
         self._choose()
 
+    def _count_generated(self, tokens: float) -> None:
+        whole = self._whole("generated", tokens)
+        self.counters.generation_tokens += whole
+        self.counters.inter_token.observe(self._step_seconds, whole)
+
+    def _whole(self, kind: str, tokens: float) -> int:
+        """Return whole tokens; the rest waits for the next call."""
+        total = self._fractions.get(kind, 0.0) + tokens
+        self._fractions[kind] = total - int(total)
+        return int(total)
+
     def _generate(self, request: Request, tokens: float) -> None:
         taken = min(tokens, request.output_tokens - request.generated)
         request.generated += taken
-        counters, step_seconds = self.counters, self._step_seconds
-        self._fraction += taken
-        whole = int(self._fraction + _ALMOST)
-        self._fraction -= whole
-        counters.generation_tokens += whole
-        counters.inter_token.observe(step_seconds, whole)
         if request.output_tokens - request.generated > _ALMOST:
             return
         request.generated = float(request.output_tokens)
         self._places += 1
         if tokens - taken > _ALMOST:
             self._credits[0].append(tokens - taken)
+        counters, step_seconds = self.counters, self._step_seconds
         counters.finished_requests += 1
         counters.per_output_token.observe(step_seconds, 1)
         counters.request.observe(step_seconds * request.output_tokens, 1)
@@ -168,7 +177,7 @@ class RequestEngine(Engine):
             request.computed += taken
             if request.prompt_tokens - request.computed > _ALMOST:
                 return
-            self.counters.computed_prompt_tokens += request.prompt_tokens
+            self._count_generated(1.0)
             self._cache[request.prompt_key] = None
             if len(self._cache) > _CACHED_PROMPTS:
                 self._cache.popitem(last=False)
