@@ -2,8 +2,7 @@
 
 Each window of a point is compared with the stock windows before and after it, interpolated in time, so what drifts
 slowly (temperature, a neighbour's load) cancels. These differences of logarithms, one a repeat, are what the intervals
-are made of: Student's t over the repeats. Comparisons that share a stock window are a little correlated; the order is
-drawn anew in each repeat, so it is chance which ones.
+are made of: Student's t over the repeats, which share no stock window and so are independent.
 """
 
 import math

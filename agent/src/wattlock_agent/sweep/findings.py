@@ -13,6 +13,8 @@ from wattlock_agent.sweep.plan import STOCK, Lever, Shape, Workload
 
 #: Time at the power limit below which it is called inert: the counter trails the load by up to 0.4 s.
 INERT_SHARE = 0.02
+#: Relative difference of throughput or of energy below which two points are the same.
+SAME = 0.005
 #: Elasticities that part the classes: halving the clock costs 3.4 % and 29 % of throughput.
 MILD_ELASTICITY = 0.05
 SENSITIVE_ELASTICITY = 0.5
@@ -77,7 +79,10 @@ def verdict(row: Row) -> Verdict:
 
 
 def front(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Return the rows of one workload that no other one beats, by throughput: more tokens for no more joules each."""
+    """Return the rows of one workload that no other one beats, by throughput: more tokens for no more joules each.
+
+    Differences below ``SAME`` count as none, so noise alone puts no point onto the front.
+    """
     return tuple(
         sorted(
             (row for row in rows if not any(_beats(other, row) for other in rows)),
@@ -87,9 +92,10 @@ def front(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _beats(other: Row, row: Row) -> bool:
-    no_worse = other.tokens_per_second >= row.tokens_per_second and other.joules_per_token <= row.joules_per_token
-    better = other.tokens_per_second > row.tokens_per_second or other.joules_per_token < row.joules_per_token
-    return no_worse and better
+    more_tokens = math.log(other.tokens_per_second / row.tokens_per_second)
+    fewer_joules = math.log(row.joules_per_token / other.joules_per_token)
+    # The sum of both grows with every win, so no circle of points beats itself off the front.
+    return min(more_tokens, fewer_joules) >= -SAME and max(more_tokens, fewer_joules) > SAME
 
 
 def elasticity(rows: Sequence[Row]) -> Elasticity | None:

@@ -139,15 +139,15 @@ def interleaved(points: Sequence[Setting], repeats: int, stock_every: int, seed:
 
     Each repeat is a block with an order of its own, drawn from the seed, so that no point always follows the same one
     and a slow drift (temperature) falls on all of them. At most ``stock_every`` points lie between two stock points,
-    which are their controls. With no points there are ``repeats`` + 1 stock points.
+    which are their controls. A block begins and ends with stock points of its own: repeats that shared one would not
+    be independent, and intervals over them too narrow (90 instead of 95 % at five repeats).
     """
-    order: list[Setting] = [STOCK]
+    order: list[Setting] = []
     for repeat in range(repeats):
         block = sorted(points, key=lambda point: hashlib.sha256(f"{seed}/{repeat}/{point}".encode()).digest())
+        order.append(STOCK)
         for start in range(0, len(block), stock_every):
             order += [*block[start : start + stock_every], STOCK]
-        if not block:
-            order.append(STOCK)
     return tuple(order)
 
 

@@ -16,6 +16,7 @@ from wattlock_agent.sweep.record import Run
 _CLOCK, _POWER, _STOCK, _GREY = "#1b6ca8", "#d1782b", "#20242a", "#8a8f98"
 _PANEL_INCHES = (4.6, 3.9)
 _COLUMNS = 3
+_LEAST_SPAN = 0.1
 #: Points closer than this share of the panel would have their labels on top of each other.
 _LABEL_DISTANCE = 0.055
 
@@ -32,7 +33,7 @@ def draw(path: Path, run: Run, rows: Sequence[Row]) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    workloads = list(dict.fromkeys(row.workload for row in rows))
+    workloads = sorted(dict.fromkeys(row.workload for row in rows))  # decode first
     columns = min(_COLUMNS, len(workloads))
     lines = -(-len(workloads) // columns)
     plt.rcParams.update({"font.size": 9, "font.family": "DejaVu Sans", "axes.edgecolor": _GREY, "axes.linewidth": 0.8})
@@ -70,12 +71,21 @@ def _panel(panel: Any, rows: Sequence[Row]) -> None:
     stock = [row for row in rows if row.setting == STOCK]
     panel.plot(*_xy(stock), color=_STOCK, marker="*", markersize=11, linestyle="", label="stock", zorder=6)
     panel.margins(0.16, 0.14)
+    _widen(panel)
     panel.grid(color="#e6e8eb", linewidth=0.7)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.ticklabel_format(useOffset=False)
     _label(panel, clocks, _CLOCK, left=False)
     _label(panel, limits, _POWER, left=True)
+
+
+def _widen(panel: Any) -> None:
+    """Give each axis a span of at least a tenth of its values: noise shall not fill the panel."""
+    for get, put in ((panel.get_xlim, panel.set_xlim), (panel.get_ylim, panel.set_ylim)):
+        low, high = get()
+        missing = max(0.0, _LEAST_SPAN * high - (high - low))
+        put(low - missing / 2, high + missing / 2)
 
 
 def _xy(rows: Sequence[Row]) -> tuple[list[float], list[float]]:

@@ -83,12 +83,12 @@ class Sweep:
         self._levers.apply(setting)
         for _ in range(_MAX_GAPS):
             self._pause(self._plan.settle_seconds)
-            self._load.steady()
-            begun = boottime.now_seconds()
-            measured = self._meter.measure(self._plan.window_seconds)
             if self._load.steady():
-                at_seconds = begun + measured.seconds / 2 - self._begun_seconds
-                return Window(workload, setting, at_seconds, **vars(measured))
+                begun = boottime.now_seconds()
+                measured = self._meter.measure(self._plan.window_seconds)
+                if self._load.steady():
+                    at_seconds = begun + measured.seconds / 2 - self._begun_seconds
+                    return Window(workload, setting, at_seconds, **vars(measured))
             self._say(f"{workload}, {setting}: the load had a gap, measuring again")
             self._await_load(workload)
         raise LoadError(f"{workload}: the load never ran for {self._plan.window_seconds:g} s; shorten --window-seconds")

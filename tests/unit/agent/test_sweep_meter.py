@@ -1,0 +1,81 @@
+"""One window: energy and tokens between the same two moments, and no number from what is no measurement."""
+
+import pytest
+from wattlock_agent.gpu.base import GpuReading, LimiterNanoseconds
+from wattlock_agent.sweep.endpoint import Tokens
+from wattlock_agent.sweep.meter import Edge, Meter, MeterError, combine
+
+
+def reading(at, joules, uuid="GPU-0", mhz=1980, cap_ns=0, busy=100):
+    return GpuReading(
+        uuid=uuid,
+        at_seconds=at,
+        energy_mj=None if joules is None else round(1000 * joules),
+        power_instant_mw=None,
+        power_limit_mw=None,
+        sm_mhz=mhz,
+        memory_mhz=None,
+        temperature_c=50,
+        utilization_percent=busy,
+        event_reasons=None,
+        limiters=LimiterNanoseconds(power_cap=cap_ns),
+    )
+
+
+def test_power_is_summed_over_gpus_and_each_by_its_own_times():
+    before = Edge((reading(0, 0), reading(1, 0, "GPU-1")), Tokens(0, 100, 10))
+    after = Edge((reading(10, 5000, cap_ns=5_000_000_000), reading(12, 3300, "GPU-1")), Tokens(20, 8100, 2010))
+    samples = [reading(5, 0, mhz=1800), reading(5, 0, mhz=1500), reading(6, 0, mhz=1600)]
+    found = combine(before, after, samples)
+    assert found.watts == pytest.approx(500 + 300)
+    assert (found.generated_per_second, found.prompt_per_second) == (400, 100)
+    assert found.observed_mhz == 1600
+    assert found.cap_share == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (reading(0, None), reading(10, None), "no energy counter"),
+        (reading(0, 100), reading(10, 50), "driver was reloaded"),
+        (reading(0, 100), reading(0, 150), "driver was reloaded"),
+    ],
+)
+def test_what_cannot_be_measured_is_no_number(old, new, sentence):
+    with pytest.raises(MeterError, match=sentence):
+        combine(Edge((old,), Tokens(0, 0, 0)), Edge((new,), Tokens(10, 1, 1)), [reading(5, 0)])
+
+
+def test_gpus_that_did_nothing_are_the_wrong_ones():
+    edges = Edge((reading(0, 0),), Tokens(0, 0, 0)), Edge((reading(10, 1000),), Tokens(10, 1, 1))
+    with pytest.raises(MeterError, match="--gpus"):
+        combine(*edges, [reading(5, 0, busy=0)])
+    assert combine(*edges, [reading(5, 0, busy=0), reading(5, 0, busy=1)]).watts == 100
+
+
+class Bench:
+    """A GPU of 500 W whose counter moves every 100 ms, an endpoint of 1000 tokens/s, and their clock."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def pause(self, seconds):
+        self.now += seconds
+
+    def read(self, uuid=None):
+        if uuid is None:
+            return Tokens(self.now, 1000 * self.now, 0.0)
+        self.now += 0.004
+        return reading(self.now, 500 * (int(self.now * 10) / 10))
+
+
+def test_windows_begin_and_end_with_a_refresh_of_the_sensors():
+    """Else a window of 2 s would be wrong by up to 5 %."""
+    bench = Bench()
+    meter = Meter(bench, ["GPU-0"], bench, bench.pause, lambda: bench.now)
+    for start in (0.0, 0.013, 0.077):
+        bench.now = 10 + start
+        found = meter.measure(2.0)
+        assert found.watts == pytest.approx(500, rel=0.01)
+        assert found.generated_per_second == pytest.approx(1000, rel=0.001)
+        assert found.seconds >= 2.0
