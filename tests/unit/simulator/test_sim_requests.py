@@ -67,19 +67,19 @@ def test_what_was_done_beyond_the_end_of_a_request_goes_to_the_one_that_takes_it
     assert second.generated == 21
 
 
-def test_work_handed_on_is_not_kept_for_long():
-    engine, first = an_engine(), Request(1, 100, 10)
+def test_a_client_may_need_a_while_to_come_back_and_its_place_is_kept():
+    engine, first, second = an_engine(), Request(1, 100, 10), Request(1, 100, 100)
     engine.submit(first)
     engine.account(1.0, 0.1)
-    engine.account(30.0, 0.1)
-    for _ in range(3):
-        engine.account(10.0, 0.1)
-    late = Request(1, 100, 100)
-    engine.submit(late)
-    assert late.generated == 0
+    engine.account(30.0, 0.1)  # 21 more than it wanted
+    engine.account(30.0, 0.2)
+    assert engine.workload.batch == 1
+    engine.submit(second)
+    assert second.generated == 51
+    assert engine.counters.generation_tokens == 61
 
 
-def test_the_batch_counts_as_full_until_it_shows_that_nobody_comes():
+def test_a_place_is_not_kept_for_long():
     engine = an_engine()
     requests = [Request(1, 100, 20) for _ in range(8)]
     for request in requests:
@@ -89,8 +89,12 @@ def test_the_batch_counts_as_full_until_it_shows_that_nobody_comes():
     engine.account(50.0, 0.1)
     assert all(request.done for request in requests)
     assert engine.workload.batch == 8
-    engine.account(10.0, 0.1)
+    for _ in range(6):
+        engine.account(10.0, 0.1)
     assert engine.workload is None
+    late = Request(1, 100, 100)
+    engine.submit(late)
+    assert late.generated == 0
 
 
 def test_no_more_run_at_a_time_than_the_engine_takes():

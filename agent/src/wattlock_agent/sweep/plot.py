@@ -16,7 +16,7 @@ from wattlock_agent.sweep.record import Run
 _CLOCK, _POWER, _STOCK, _GREY = "#1b6ca8", "#d1782b", "#20242a", "#8a8f98"
 _PANEL_INCHES = (4.6, 3.9)
 _COLUMNS = 3
-_LEAST_SPAN = 0.1
+_LEAST_SPAN = 0.25
 #: Points closer than this share of the panel would have their labels on top of each other.
 _LABEL_DISTANCE = 0.055
 
@@ -81,7 +81,7 @@ def _panel(panel: Any, rows: Sequence[Row]) -> None:
 
 
 def _widen(panel: Any) -> None:
-    """Give each axis a span of at least a tenth of its values: noise shall not fill the panel."""
+    """Give each axis a span of at least a quarter of its values: noise shall not fill the panel."""
     for get, put in ((panel.get_xlim, panel.set_xlim), (panel.get_ylim, panel.set_ylim)):
         low, high = get()
         missing = max(0.0, _LEAST_SPAN * high - (high - low))

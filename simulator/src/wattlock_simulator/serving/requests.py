@@ -3,10 +3,10 @@
 Continuous batching in its simplest form: prompts that wait are computed first, one after the other, then all running
 requests get a token with each step. A prompt that was computed before is in the prefix cache and is not computed again.
 
-The GPUs tell their progress every 100 ms, so requests end up to one tick late. What the GPUs did beyond the end of a
-request is handed to the next one that comes soon after, as a real engine would have put it into the batch at once. The
-counters move when the GPUs have done the work, not when a client comes to fetch it: so tokens and joules belong
-together here as well.
+The GPUs tell their progress every 100 ms, so requests end up to one tick late, and clients on a busy machine need a
+while to send the next one. Meanwhile the place in the batch counts as taken, and what the GPUs do for it is handed to
+the request that takes it, as if it had been there at once. The counters move when the GPUs have done the work, not when
+a client comes to fetch it: so tokens and joules belong together here as well.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from wattlock_simulator.serving.engine import Engine, Settings
 
 _CACHED_PROMPTS = 4096
 _ALMOST = 1e-6  # steps are floats
+_PATIENCE_SECONDS = 0.5  # a place that nobody has taken again after this is empty
 
 
 @dataclass(eq=False)
@@ -45,6 +46,19 @@ class Request:
         return self.generated >= self.output_tokens
 
 
+@dataclass
+class _Place:
+    """A place in the batch whose request has ended.
+
+    Attributes:
+        tokens: made for whoever comes next.
+        seconds: since when it is free.
+    """
+
+    tokens: float
+    seconds: float = 0.0
+
+
 class RequestEngine(Engine):
     """Turns model steps into tokens of requests. ``settings.batch`` is the most sequences that run at a time."""
 
@@ -57,14 +71,11 @@ class RequestEngine(Engine):
         self._queue: deque[Request] = deque()
         self._batch: list[Request] = []
         self._cache: OrderedDict[int, None] = OrderedDict()
-        self._places = (
-            0  # left by requests that ended in the last interval: clients take them again within milliseconds
-        )
+        self._places: list[_Place] = []
         self._step_seconds = 0.01
         self._fractions: dict[str, float] = {}
         self._prompt_credit = 0.0
         self._last_work = 0.0
-        self._credits: tuple[list[float], list[float]] = ([], [])  # tokens, of the last interval and the one before
 
     @property
     def running(self) -> float:
@@ -89,7 +100,6 @@ class RequestEngine(Engine):
     def submit(self, request: Request) -> None:
         """Takes a request; its counts move with each call of ``account``."""
         self._queue.append(request)
-        self._places = max(0, self._places - 1)
         self._admit()
         self._choose()
 
@@ -119,8 +129,9 @@ class RequestEngine(Engine):
         work = self._current
         if steps <= 0 or seconds <= 0:
             return
-        self._places = 0
-        self._credits = ([], self._credits[0])
+        for place in self._places:
+            place.seconds += seconds
+        self._places = [place for place in self._places if place.seconds <= _PATIENCE_SECONDS]
         if work is None:
             self._prompt_credit = self._last_work = 0.0
         elif work.phase is Phase.PREFILL:
@@ -131,6 +142,8 @@ class RequestEngine(Engine):
         else:
             self._step_seconds = seconds / steps
             self._count_generated(steps * work.batch)
+            for place in self._places:
+                place.tokens += steps
             for request in self._batch:
                 self._generate(request, steps)
             self._batch = [request for request in self._batch if not request.done]
@@ -154,9 +167,7 @@ class RequestEngine(Engine):
         if request.output_tokens - request.generated > _ALMOST:
             return
         request.generated = float(request.output_tokens)
-        self._places += 1
-        if tokens - taken > _ALMOST:
-            self._credits[0].append(tokens - taken)
+        self._places.append(_Place(tokens - taken))
         counters, step_seconds = self.counters, self._step_seconds
         counters.finished_requests += 1
         counters.per_output_token.observe(step_seconds, 1)
@@ -169,8 +180,7 @@ class RequestEngine(Engine):
             if request.computed == 0.0 and request.prompt_key in self._cache:
                 self.counters.cached_prompt_tokens += request.prompt_tokens
                 self._cache.move_to_end(request.prompt_key)
-                handed_on = self._credits[1] or self._credits[0]
-                self._start(request, handed_on.pop() if handed_on else 0.0)
+                self._start(request)
                 continue
             taken = min(self._prompt_credit, request.prompt_tokens - request.computed)
             self._prompt_credit -= taken
@@ -183,8 +193,10 @@ class RequestEngine(Engine):
                 self._cache.popitem(last=False)
             self._start(request, 1.0)  # the step that ends a prompt gives the first token
 
-    def _start(self, request: Request, tokens: float) -> None:
+    def _start(self, request: Request, first_tokens: float | None = None) -> None:
         self._queue.popleft()
+        place = self._places.pop(0) if self._places else _Place(0.0)
+        tokens = place.tokens if first_tokens is None else first_tokens
         self.counters.first_token.observe(self._step_seconds, 1)
         if tokens:
             self._generate(request, tokens)
@@ -201,7 +213,7 @@ class RequestEngine(Engine):
             self._current = Workload(settings.architecture, Phase.PREFILL, 1.0, sum(prompts) / len(prompts))
         elif self._batch:
             tokens = sum(each.prompt_tokens + each.generated for each in self._batch)
-            batch = min(settings.batch, len(self._batch) + self._places)
+            batch = min(settings.batch, len(self._batch) + len(self._places))
             self._current = Workload(settings.architecture, Phase.DECODE, batch, tokens / len(self._batch))
         elif not self._places:  # else all have just ended: the work goes on until it shows that nothing came
             self._current = None
