@@ -12,6 +12,7 @@ import pytest
 import yaml
 from wattlock_agent.sweep import plot
 from wattlock_agent.sweep import run as run_module
+from wattlock_agent.sweep.endpoint import EndpointError, EngineRestartedError
 from wattlock_agent.sweep.estimates import Window, summarise
 from wattlock_agent.sweep.findings import choose
 from wattlock_agent.sweep.load import LoadError
@@ -114,6 +115,27 @@ def test_a_window_with_a_gap_of_the_load_is_measured_again(tmp_path):
     assert len(found) == 3
     assert bench.events.count("measure") == 4
     assert sum("gap" in line for line in said) == 2
+
+
+def test_a_page_that_comes_too_late_is_asked_for_again_but_not_for_ever(tmp_path):
+    bench, said = Bench(), []
+    answers = iter([EndpointError("late")] * 3)
+    whole = bench.measure
+
+    def measure(seconds):
+        if (error := next(answers, None)) is not None:
+            raise error
+        return whole(seconds)
+
+    bench.measure = measure
+    assert len(a_sweep(bench, tmp_path, said, loads=LOADS[:1]).run()) == 3
+    assert sum("late; measuring again" in line for line in said) == 3
+    answers = iter([EndpointError("late")] * 4)
+    with pytest.raises(EndpointError):
+        a_sweep(bench, tmp_path, said).run()
+    answers = iter([EngineRestartedError("restarted")])
+    with pytest.raises(EngineRestartedError):
+        a_sweep(bench, tmp_path, said).run()
 
 
 def test_a_load_that_never_stands_ends_the_sweep(tmp_path, monkeypatch):

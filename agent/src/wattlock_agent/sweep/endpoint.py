@@ -22,6 +22,10 @@ class EndpointError(Exception):
     """The endpoint cannot be used. The message says what to check."""
 
 
+class EngineRestartedError(EndpointError):
+    """The engine began anew: its caches are cold, and what follows is another measurement."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where requests go."""
@@ -135,7 +139,7 @@ class MetricsTokens:
             raise EndpointError(f"{self._url}: no counter of generated tokens; leave --metrics-url out")
         before, self._before = self._before, page
         if before is not None and is_restart(before, page):
-            raise EndpointError(f"{self._url}: the engine was restarted during the sweep; see its log")
+            raise EngineRestartedError(f"{self._url}: the engine was restarted during the sweep; see its log")
         return page
 
     def read(self) -> Tokens:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from wattlock_agent import boottime
 from wattlock_agent.gpu.base import GpuError
+from wattlock_agent.sweep.endpoint import EndpointError, EngineRestartedError
 from wattlock_agent.sweep.estimates import Window
 from wattlock_agent.sweep.levers import Levers, RestoreError, SweepDriver
 from wattlock_agent.sweep.load import Load, LoadError
@@ -18,6 +19,7 @@ READY_SECONDS = 600.0
 _READY_POLL_SECONDS = 0.5
 #: Windows in which the load had a gap are measured again, so often for each load.
 _MAX_GAPS = 100
+_MAX_FAILURES = 4
 _RESTORE_TRIES = 5
 _RESTORE_RETRY_SECONDS = 1.0
 
@@ -81,11 +83,21 @@ class Sweep:
 
     def _measure(self, workload: Workload, setting: Setting) -> Window:
         self._levers.apply(setting)
+        failures = 0
         for _ in range(_MAX_GAPS):
             self._pause(self._plan.settle_seconds)
             if self._load.steady():
                 begun = boottime.now_seconds()
-                measured = self._meter.measure(self._plan.window_seconds)
+                try:
+                    measured = self._meter.measure(self._plan.window_seconds)
+                except EngineRestartedError:
+                    raise
+                except EndpointError as error:  # a page that came too late under load is no reason to end
+                    failures += 1
+                    if failures == _MAX_FAILURES:
+                        raise
+                    self._say(f"{workload}, {setting}: {error}; measuring again")
+                    continue
                 if self._load.steady():
                     at_seconds = begun + measured.seconds / 2 - self._begun_seconds
                     return Window(workload, setting, at_seconds, **vars(measured))
