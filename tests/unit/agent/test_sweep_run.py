@@ -164,8 +164,11 @@ def test_a_signal_ends_a_pause_and_raises_nowhere_else():
 import os, signal, sys
 from wattlock_agent.sweep.stop import Interrupted, Stop
 stop = Stop()
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "SIGHUP" else signal.SIG_DFL)
 stop.install()
-for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"):
+for name in sys.argv[1:]:
     os.kill(os.getpid(), getattr(signal, name))
 print("alive")
 try:
@@ -173,8 +176,15 @@ try:
 except Interrupted as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
-    assert done.stdout.split() == ["alive", "SIGTERM"]
+    for names, noted in (
+        (("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"), "SIGTERM"),
+        (("SIGINT",), "SIGINT"),
+        (("SIGQUIT", "SIGHUP"), "SIGQUIT"),
+        (("SIGHUP", "SIGQUIT"), "SIGQUIT"),  # nohup: ignored stays ignored
+    ):
+        command = [sys.executable, "-c", code, *names]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        assert done.stdout.split() == ["alive", noted]
 
 
 def test_a_run_reads_back_as_it_was_written(tmp_path):

@@ -23,9 +23,10 @@ class Stop:
         self.signal_name = ""
 
     def install(self) -> None:
-        """Take the signals; only the main thread can."""
+        """Take the signals, but those that whoever started this had ignored (nohup); only the main thread can."""
         for number in _SIGNALS:
-            signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def check(self) -> None:
         """Raise Interrupted if a signal came."""
