@@ -2,7 +2,7 @@
 
 import pytest
 from wattlock_agent.gpu.base import GpuReading, LimiterNanoseconds
-from wattlock_agent.sweep.endpoint import Tokens
+from wattlock_agent.sweep.endpoint import EndpointError, Tokens
 from wattlock_agent.sweep.meter import Edge, Meter, MeterError, combine
 
 
@@ -58,13 +58,17 @@ class Bench:
 
     def __init__(self):
         self.now = 0.0
+        self.slow = []
+        """How long the next answers of the endpoint take, in s."""
 
     def pause(self, seconds):
         self.now += seconds
 
     def read(self, uuid=None):
         if uuid is None:
-            return Tokens(self.now, 1000 * self.now, 0.0)
+            took = self.slow.pop(0) if self.slow else 0.002
+            at, self.now = self.now, self.now + took  # counted at once, told late
+            return Tokens(at + took / 2, 1000 * at, 0.0, took)
         self.now += 0.004
         return reading(self.now, 500 * (int(self.now * 10) / 10))
 
@@ -77,5 +81,17 @@ def test_windows_begin_and_end_with_a_refresh_of_the_sensors():
         bench.now = 10 + start
         found = meter.measure(2.0)
         assert found.watts == pytest.approx(500, rel=0.01)
-        assert found.generated_per_second == pytest.approx(1000, rel=0.001)
+        assert found.generated_per_second == pytest.approx(1000, rel=0.002)
         assert found.seconds >= 2.0
+
+
+def test_an_answer_that_comes_too_late_is_asked_for_again():
+    """A page that is told 3 s late would put 3000 tokens onto the wrong side."""
+    bench = Bench()
+    meter = Meter(bench, ["GPU-0"], bench, bench.pause, lambda: bench.now)
+    bench.slow = [3.0, 0.5, 0.002]
+    found = meter.measure(2.0)
+    assert found.generated_per_second == pytest.approx(1000, rel=0.01)
+    bench.slow = [3.0] * 99
+    with pytest.raises(EndpointError, match="--window-seconds"):
+        meter.measure(2.0)

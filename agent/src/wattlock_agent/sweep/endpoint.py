@@ -16,6 +16,7 @@ from wattlock_agent.serving.scrape import Scraper
 
 _CONNECT_SECONDS = 10.0
 _MAX_ANSWER_BYTES = 1 << 20
+_PAGE_SECONDS = 10.0
 
 
 class EndpointError(Exception):
@@ -108,6 +109,8 @@ class Tokens:
     generated: float
     prompt: float
     """Prompt tokens that the endpoint computed itself."""
+    took_seconds: float = 0.0
+    """Between question and answer: the counts are of some moment in it, ``at_seconds`` is its middle."""
 
 
 class TokenSource(Protocol):
@@ -123,7 +126,7 @@ class MetricsTokens:
     def __init__(self, url: str, scrape: Callable[[str], ServingCounters | ScrapeFailure] | None = None) -> None:
         """``url`` has a literal address, see ``metrics_url``."""
         self._url = url
-        self._scrape = scrape or Scraper().scrape
+        self._scrape = scrape or Scraper(total_timeout_seconds=_PAGE_SECONDS).scrape
         self._before: ServingCounters | None = None
 
     def page(self) -> ServingCounters:
@@ -143,13 +146,13 @@ class MetricsTokens:
         return page
 
     def read(self) -> Tokens:
-        """As TokenSource; blocks for 3 s at most."""
+        """As TokenSource; blocks for 10 s at most."""
         before_seconds = boottime.now_seconds()
         page = self.page()
-        # The engine counted somewhere between question and answer: the middle is the best estimate.
-        at_seconds = (before_seconds + boottime.now_seconds()) / 2
+        took_seconds = boottime.now_seconds() - before_seconds
         prompt = page.prompt_tokens if page.computed_prompt_tokens is None else page.computed_prompt_tokens
-        return Tokens(at_seconds, page.generated_tokens or 0.0, prompt or 0.0)
+        at_seconds = before_seconds + took_seconds / 2
+        return Tokens(at_seconds, page.generated_tokens or 0.0, prompt or 0.0, took_seconds)
 
     def running(self) -> float:
         """Return how many requests run; infinity where the page does not tell.

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from wattlock_agent import boottime
 from wattlock_agent.gpu.base import GpuDriver, GpuReading
 from wattlock_agent.limiters import growth
-from wattlock_agent.sweep.endpoint import Tokens, TokenSource
+from wattlock_agent.sweep.endpoint import EndpointError, Tokens, TokenSource
 
 #: The sensors refresh every 100 ms (measured on H100 and H200); one that has not after so long is taken as it is.
 _REFRESH_SECONDS = 0.3
 _POLL_SECONDS = 0.005
 _SAMPLE_SECONDS = 0.5
+#: How long the engine may take to tell its tokens, relative to the window: half of it may be the error of each end.
+_SLOWEST_SHARE = 0.02
+_LEAST_SLOWEST_SECONDS = 0.05
+_EDGE_TRIES = 50
 
 
 class MeterError(Exception):
@@ -66,23 +70,36 @@ class Meter:
             GpuError: the driver failed.
             EndpointError: the tokens could not be read.
         """
-        before = self._edge()
+        slowest_seconds = max(_LEAST_SLOWEST_SECONDS, _SLOWEST_SHARE * seconds)
+        before = self._edge(slowest_seconds)
         end_seconds = self._now_seconds() + seconds
         samples: list[GpuReading] = []
         while (left_seconds := end_seconds - self._now_seconds()) > 0:
             self._pause(min(_SAMPLE_SECONDS, left_seconds))
             samples += self._read()
-        return combine(before, self._edge(), samples)
+        return combine(before, self._edge(slowest_seconds), samples)
 
-    def _edge(self) -> Edge:
-        """Wait for the next refresh of the sensors, then read: else up to 100 ms of energy is on the wrong side."""
+    def _edge(self, slowest_seconds: float) -> Edge:
+        """Read energy and tokens of one moment: again, until the engine answers so quickly that it is one."""
+        for _ in range(_EDGE_TRIES):
+            self._await_refresh()
+            readings, tokens = self._read(), self._tokens.read()
+            if tokens.took_seconds <= slowest_seconds:
+                return Edge(readings, tokens)
+            self._pause(_POLL_SECONDS)
+        raise EndpointError(
+            f"the engine's metrics never came within {slowest_seconds:g} s, so tokens and energy would be of different "
+            "moments; take longer windows (--window-seconds)"
+        )
+
+    def _await_refresh(self) -> None:
+        """Wait for the next refresh of the sensors: else up to 100 ms of energy is on the wrong side of the edge."""
         first = self._driver.read(self._uuids[0])
         give_up_seconds = self._now_seconds() + _REFRESH_SECONDS
         while self._now_seconds() < give_up_seconds:
             if self._driver.read(self._uuids[0]).energy_mj != first.energy_mj:
                 break
             self._pause(_POLL_SECONDS)
-        return Edge(self._read(), self._tokens.read())
 
     def _read(self) -> tuple[GpuReading, ...]:
         return tuple(self._driver.read(uuid) for uuid in self._uuids)
