@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from wattlock_agent.sweep.estimates import Window, change, summarise
 from wattlock_agent.sweep.findings import (
@@ -86,6 +86,7 @@ def test_a_point_without_stock_on_both_sides_has_no_change():
     assert row_of(summarise([window(STOCK, 0), window(CAP, 1)]), CAP).energy is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-0.5, 0.5), min_size=2, max_size=40))
 def test_a_change_lies_in_its_interval(logarithms):
     found = change(logarithms)
@@ -119,13 +120,14 @@ def test_the_front_holds_what_nothing_beats_and_noise_puts_nothing_onto_it():
     assert [str(row.setting) for row in front(summarise(windows))] == ["clock 780 MHz", "clock 1590 MHz"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(1, 2), st.floats(1, 2)), min_size=1, max_size=15))
 def test_the_front_is_never_empty_and_each_point_beside_it_is_beaten(points):
-    settings = [Setting(Lever.CLOCK, 100 + number) for number in range(len(points))]
+    points_of = [Setting(Lever.CLOCK, 100 + number) for number in range(len(points))]
     rows = summarise(
         [
             window(setting, number, watts=100 * joules * rate, rate=100 * rate)
-            for number, (setting, (joules, rate)) in enumerate(zip(settings, points, strict=True))
+            for number, (setting, (joules, rate)) in enumerate(zip(points_of, points, strict=True))
         ]
     )
     best = front(rows)
@@ -178,9 +180,9 @@ def test_classes_have_the_documented_borders():
 def sweep(effects, workload=DECODE, repeats=6, noise=0.002, seed=1):
     """Windows of clocks with their (energy, throughput) factors."""
     source = random.Random(seed)
-    settings = [Setting(Lever.CLOCK, clock) for clock in effects]
+    clocks = [Setting(Lever.CLOCK, clock) for clock in effects]
     windows = []
-    for number, setting in enumerate(interleaved(settings, repeats, 4, "")):
+    for number, setting in enumerate(interleaved(clocks, repeats, 4, "")):
         energy, rate = effects.get(setting.value, (1.0, 1.0))
         noisy = math.exp(source.gauss(0, noise))
         windows.append(window(setting, number, 500 * energy * rate * noisy, 1000 * rate, workload))

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from wattlock_agent.serving.base import ScrapeFailure, no_tokens
 from wattlock_agent.sweep import load as load_module
@@ -155,6 +155,7 @@ def test_tokens_of_a_line():
         tokens_in(b'data: {"error": {"message": "too busy"}}', 3)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=80), st.integers(0, 5))
 def test_no_line_lowers_the_count(line, seen):
     with suppress(ValueError, RecursionError):
@@ -252,5 +253,5 @@ def test_vllms_client_that_fails_is_quoted(fake_vllm):
     load = fake_vllm("echo no tokenizer for m >&2; exit 1")
     load.start(Workload(Shape.DECODE, 8, 1024, 16))
     with pytest.raises(LoadError, match="no tokenizer for m"):
-        until(load.ready)
+        until(lambda: load.steady() and False)
     load.stop()
