@@ -18,7 +18,7 @@ from wattlock_agent.journal_file import POWER_LIMITS_NAME
 from wattlock_agent.sweep.record import read_run
 from wattlock_simulator import physics
 from wattlock_simulator.physics import Architecture, Phase, Product, Workload
-from wattlock_simulator.state import StateFile
+from wattlock_simulator.state import StateError, StateFile
 
 pytestmark = pytest.mark.timeout(300)  # real seconds on machines that may be busy
 SIMULATOR = [sys.executable, "-m", "wattlock_simulator", "--log-level", "WARNING"]
@@ -42,16 +42,25 @@ class Site:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self._processes = [subprocess.Popen([*SIMULATOR, "node", "--no-device-plugin", "--gpus", "2", *self._there])]
-        until(lambda: (directory / "libnvidia-ml.so.1").exists() and (directory / "state.bin").exists())
-        until(lambda: self.gpu().sensors.updated_ns > 0)
-        serve = ["serve", *self._there, "--gpus", "0", "--requests", "--batch", "64", "--address", "127.0.0.1"]
-        self._processes.append(subprocess.Popen([*SIMULATOR, *serve, "--port", str(self.port)]))
-        until(self._answers)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            self._start("node", "--no-device-plugin", "--gpus", "2")
+            until(self._moves)
+            where = ("--address", "127.0.0.1", "--port", str(self.port))
+            self._start("serve", "--gpus", "0", "--requests", "--batch", "64", *where)
+            until(self._answers)
+        except BaseException:
+            self.stop()
+            raise
 
-    @property
-    def _there(self) -> list[str]:
-        return ["--directory", str(self.directory)]
+    def _start(self, part: str, *arguments: str) -> None:
+        self._processes.append(subprocess.Popen([*SIMULATOR, part, "--directory", str(self.directory), *arguments]))
+
+    def _moves(self) -> bool:
+        try:
+            return bool((self.directory / "libnvidia-ml.so.1").exists() and self.gpu().sensors.updated_ns > 0)
+        except StateError:  # not there, or being made
+            return False
 
     def _answers(self) -> bool:
         with socket.socket() as client:
@@ -166,7 +175,8 @@ def test_killed_in_the_middle_reset_restores_everything(site, tmp_path, seed):
     process.kill()
     process.communicate(timeout=30)
     assert not site.is_untouched()
-    refused = site.run(site.sweep(tmp_path / "again"))
+    short = ("--clocks", "1590", "--power-limits", "none", "--shapes", "decode", "--repeats", "1")
+    refused = site.run(site.sweep(tmp_path / "again", *short, "--window-seconds", "0.3"))
     assert (refused.returncode, "wattlock-agent reset" in refused.stderr) == (2, True)
     done = site.run(site.command("reset"))
     assert done.returncode == 0, done.stdout + done.stderr
