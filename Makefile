@@ -93,6 +93,10 @@ generate: setup ## Write what is generated: CRDs, the chart's copies and tables,
 	.venv/bin/python agent/generate_protos.py
 	dev/build-requirements
 
+.PHONY: sweep
+sweep: setup ## Measure simulated GPUs over clocks and power limits, and write docs/sweep/ (half an hour, little CPU)
+	@dev/sweep
+
 .PHONY: clean
 clean: ## Remove caches: built programs, images and tools (not .venv)
 	@dev/clean

@@ -1,4 +1,4 @@
-"""Command line of the agent: ``run`` (the default), ``reset`` and ``show``."""
+"""Command line of the agent: ``run`` (the default), ``reset``, ``show`` and ``sweep``."""
 
 import argparse
 import importlib.metadata
@@ -17,6 +17,8 @@ from wattlock_agent.journal_file import KERNEL_BOOT_ID, FileJournal, read_boot_i
 from wattlock_agent.loop import Loop
 from wattlock_agent.serving.scrape import Scraper
 from wattlock_agent.settings import DEFAULT_STATE_DIRECTORY, SettingsError, read_settings
+from wattlock_agent.sweep.levers import undo_locks, undo_power_limits
+from wattlock_agent.sweep.nvml_power import NvmlSweepDriver
 
 EXIT_USAGE = 2
 
@@ -29,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reset = commands.add_parser(
         "reset",
         help="undo every lock that the journal on this host knows, for the day when no agent can run",
-        description="Undoes every lock that the journal on this host knows. Needs root with the capability SYS_ADMIN "
-        "and no running agent.",
+        description="Undoes every lock that the journal on this host knows, and the power limits that a killed sweep "
+        "had changed. Needs root with the capability SYS_ADMIN and no running agent.",
     )
     reset.add_argument(
         "--state-dir",
@@ -39,14 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="directory of the journal (default: %(default)s)",
     )
     commands.add_parser("show", help="print one reading of every GPU; writes nothing")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s.%(msecs)03dZ level=%(levelname)s module=%(name)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-    )
-    logging.Formatter.converter = time.gmtime
+    commands.add_parser("sweep", help="measure what clocks and power limits do to a live endpoint, then undo them")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["sweep"]:
+        return _sweep(given[1:])
+    options = parser.parse_args(given)
+    _log_from(logging.INFO)
     try:
         if options.command == "reset":
             return _reset(options.state_dir)
@@ -56,6 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SettingsError, JournalError, GpuError) as error:
         sys.stderr.write(f"wattlock-agent: {error}\n")
         return EXIT_USAGE
+
+
+def _log_from(level: int) -> None:
+    logging.basicConfig(
+        level=level,
+        stream=sys.stderr,
+        format="%(asctime)s.%(msecs)03dZ level=%(levelname)s module=%(name)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
+    logging.Formatter.converter = time.gmtime
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    from wattlock_agent.sweep.command import main as sweep  # the agent itself never loads it
+
+    _log_from(logging.WARNING)
+    return sweep(arguments)
 
 
 def _run() -> int:
@@ -79,27 +96,24 @@ def _reset(state_directory: Path) -> int:
     journal.acquire()
     for problem in journal.problems:
         sys.stderr.write(f"{problem}\n")
-    records = journal.records()
-    if not records:
+    if not journal.records() and journal.power_limits is None:
         sys.stdout.write("no lock of Wattlock is recorded on this host\n")
         return 0
-    driver = NvmlDriver()
+    driver = NvmlSweepDriver()
     driver.open()
-    failures = 0
     try:
         driver.list_gpus()
-        for uuid, record in records.items():
-            try:
-                if record.boot_id == boot_id:
-                    driver.reset(uuid)
-                journal.remove(uuid)
-                sys.stdout.write(f"{uuid}: released\n")
-            except (GpuError, JournalError) as error:
-                sys.stdout.write(f"{uuid}: {error}\n")
-                failures += 1
+        problems = undo_locks(driver, journal, boot_id, _say)
+        problems += undo_power_limits(driver, journal, boot_id, _say)
     finally:
         driver.close()
-    return 1 if failures else 0
+    for problem in problems:
+        _say(problem)
+    return 1 if problems else 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
 
 
 def _show(driver: GpuDriver) -> int:

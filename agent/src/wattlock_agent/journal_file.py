@@ -19,6 +19,8 @@ from typing import Any
 from wattlock_agent.journal import JournalError, JournalHeldError, LockRecord
 
 VERSION = 1
+#: Kept by ``wattlock-agent sweep``. The second dot keeps it apart from the records of GPUs.
+POWER_LIMITS_NAME = "sweep.power-limits.json"
 _SUFFIX = ".json"
 _TEMPORARY_SUFFIX = ".tmp"
 _GPU_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,95}")
@@ -112,20 +114,8 @@ class FileJournal:
         directory_fd = self._held()
         if not _GPU_NAME.fullmatch(record.gpu_uuid):
             raise JournalError(f"{record.gpu_uuid!r} is no GPU UUID; nothing was recorded")
-        name = record.gpu_uuid + _SUFFIX
-        temporary = name + _TEMPORARY_SUFFIX
         with self._explained("write"):
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-                with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=directory_fd), "wb") as file:
-                    file.write(encode(record))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
-            except OSError:
-                with suppress(OSError):
-                    os.unlink(temporary, dir_fd=directory_fd)
-                raise
+            _replace(directory_fd, record.gpu_uuid + _SUFFIX, encode(record))
             self._records[record.gpu_uuid] = record
             os.fsync(directory_fd)
 
@@ -143,6 +133,39 @@ class FileJournal:
                 os.unlink(gpu_uuid + _SUFFIX, dir_fd=directory_fd)
             os.fsync(directory_fd)
         del self._records[gpu_uuid]
+
+    @property
+    def power_limits(self) -> bytes | None:
+        """Content of the sweep's file in which it keeps the power limits to go back to; ``None`` when there is none.
+
+        The journal keeps it durably and does not look inside: agents change no power limits, so they cannot undo them.
+
+        Raises:
+            JournalError: not acquired, or there is one that cannot be read.
+        """
+        directory_fd = self._held()
+        with self._explained("read"):
+            try:
+                return _read_file(directory_fd, POWER_LIMITS_NAME)
+            except FileNotFoundError:
+                return None
+            except ValueError as error:
+                raise JournalError(f"{self._directory / POWER_LIMITS_NAME}: {error}; it is not Wattlock's") from None
+
+    def keep_power_limits(self, content: bytes | None) -> None:
+        """Write that file, or remove it; on return the disk has it.
+
+        Raises:
+            JournalError: it could not be made durable: change no power limit.
+        """
+        directory_fd = self._held()
+        with self._explained("write"):
+            if content is not None:
+                _replace(directory_fd, POWER_LIMITS_NAME, content)
+            else:
+                with suppress(FileNotFoundError):
+                    os.unlink(POWER_LIMITS_NAME, dir_fd=directory_fd)
+            os.fsync(directory_fd)
 
     def _held(self) -> int:
         if self._directory_fd is None:
@@ -189,6 +212,12 @@ class FileJournal:
                 # A crash before the rename: the lock was never asked for under this record.
                 with suppress(OSError):
                     os.unlink(name, dir_fd=directory_fd)
+                continue
+            if name == POWER_LIMITS_NAME:
+                problems.append(
+                    f"{self._directory / name}: a sweep was killed and left power limits changed; stop the agent "
+                    "and run 'wattlock-agent reset' here, which sets them back"
+                )
                 continue
             if not _is_record(name):
                 problems.append(f"{_shown(self._directory / name)}: not a file of Wattlock; remove it")
@@ -244,6 +273,22 @@ def decode(content: bytes, gpu_uuid: str) -> LockRecord:
     if texts["gpu_uuid"] != gpu_uuid:
         raise ValueError("it is about another GPU than its name")
     return LockRecord(cap_mhz=cap_mhz, **texts)
+
+
+def _replace(directory_fd: int, name: str, content: bytes) -> None:
+    """Put a file in place of an older one, whole or not at all; the caller flushes the directory."""
+    temporary = name + _TEMPORARY_SUFFIX
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=directory_fd), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=directory_fd)
+        raise
 
 
 def _is_record(name: str) -> bool:

@@ -72,6 +72,12 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--role", type=Role, choices=list(Role), default=Role.DECODE)
     parser.add_argument("--jitter", type=float, default=0.03, help="noise of the running batch per second, relative")
     parser.add_argument("--computes-prompts", action="store_true", help="a decode engine that prefills by itself")
+    parser.add_argument(
+        "--requests",
+        action="store_true",
+        help="the load are the requests to /v1/completions; --batch is the most that run at a time, --context, "
+        "--jitter and --role count for nothing",
+    )
     parser.add_argument("--output-tokens", type=int, default=256, help="tokens that a request generates")
     parser.add_argument("--model-name", default="simulated")
     parser.add_argument("--seed", type=int, help="of the load noise (default: from the host name)")

@@ -16,7 +16,7 @@ from wattlock_simulator import control, driver, layout, physics, show, state
 from wattlock_simulator.device_plugin import DevicePlugin, PluginSettings
 from wattlock_simulator.node import Node
 from wattlock_simulator.physics import Phase, Workload
-from wattlock_simulator.serving.engine import Settings
+from wattlock_simulator.serving.engine import Role, Settings
 from wattlock_simulator.serving.follow import Follower
 from wattlock_simulator.serving.instance import Instance
 from wattlock_simulator.serving.server import Server
@@ -77,7 +77,7 @@ def serve(options: argparse.Namespace) -> int:
     """Serves until SIGTERM."""
     stop = _stop_on_signals()
     settings = Settings(
-        role=options.role,
+        role=Role.MIXED if options.requests else options.role,
         architecture=options.architecture,
         batch=options.batch,
         context=options.context,
@@ -88,7 +88,13 @@ def serve(options: argparse.Namespace) -> int:
     # The host name of a pod is its name: the load of two replicas differs, and that of one stays the same.
     seed = zlib.crc32(socket.gethostname().encode()) if options.seed is None else options.seed
     with StateFile.open(options.directory) as file:
-        instance = Instance(_held(file, options.gpus), settings, model_name=options.model_name, seed=seed)
+        instance = Instance(
+            _held(file, options.gpus),
+            settings,
+            model_name=options.model_name,
+            seed=seed,
+            by_requests=options.requests,
+        )
         Server((options.address, options.port), instance).run(stop)
     return 0
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from random import Random
 from statistics import median
 
-from wattlock_operator.kube import KubeError
-
 from chaos.fault import CATALOGUE, Fault, Hold, Released, Stage
 from chaos.recorder import Recorder
 from chaos.site import Site, TooLongError
 from chaos.truth import World, Wrong, fell, wrong
+from wattlock_operator.kube import KubeError
 
 RESTORE_SECONDS = 60.0
 #: The cluster's own work: starting pods, of which there may be ten at once on a busy machine.

@@ -5,12 +5,11 @@ import time
 from collections.abc import Iterator
 from random import Random
 
-from wattlock_operator.kube import daemon_sets_path
-from workloads import AGENT_LABEL, SYSTEM
-
 from chaos.fault import Hold, Settled, Stage, fault, some_node
 from chaos.nodes import exhaust_memory, pids_of_container, signal_all
 from chaos.site import Site, journal, until
+from wattlock_operator.kube import daemon_sets_path
+from workloads import AGENT_LABEL, SYSTEM
 
 
 def end_agent(site: Site, node: str, number: signal.Signals) -> None:

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from random import Random
 
-from wattlock_simulator import control
-
 from chaos.fault import Hold, Settled, Stage, fault, some_node
 from chaos.faults_agent import end_agent
 from chaos.nodes import JOURNAL, Node, remount
 from chaos.site import Site, journal
+from wattlock_simulator import control
 
 _LOCK, _RESET = "nvmlDeviceSetGpuLockedClocks", "nvmlDeviceResetGpuLockedClocks"
 

@@ -4,12 +4,11 @@ import signal
 from collections.abc import Iterator
 from random import Random
 
-from wattlock_operator.kube import NODES
-
 from chaos.fault import Hold, Released, Settled, Stage, fault, some_node
 from chaos.nodes import KUBELET_SOCKET, pids_of_container, signal_all
 from chaos.site import NAMESPACE, Json, Site, labels, until
 from chaos.truth import parse_pod
+from wattlock_operator.kube import NODES
 
 
 def _cordon(site: Site, node: str, *, on: bool) -> None:

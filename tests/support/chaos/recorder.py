@@ -5,10 +5,9 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from wattlock_operator.kube import POLICIES, KubeError, connect
-
 from chaos.site import NAMESPACE, Site
 from chaos.truth import HOLDER_LAG_SECONDS, History, Pod, Policy, World, parse_pod, parse_policy, wrong_lock
+from wattlock_operator.kube import POLICIES, KubeError, connect
 
 DRIVER_SECONDS = 0.25
 API_SECONDS = 1.0

@@ -7,13 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-from workloads import SYSTEM
-
 from chaos.catalogue import CATALOGUE
 from chaos.engine import Engine, Result, draw
 from chaos.nodes import ROOT, cluster_name
 from chaos.recorder import Recorder
 from chaos.site import NAMESPACE, Site
+from workloads import SYSTEM
 
 
 def _options() -> argparse.Namespace:

@@ -202,8 +202,7 @@ class NvmlDriver:
         Raises:
             GpuError: a lock may still be in force.
         """
-        gpu = self._find(uuid, "nvmlDeviceResetGpuLockedClocks")
-        _call("nvmlDeviceResetGpuLockedClocks", uuid, gpu.handle)
+        self._ask(uuid, "nvmlDeviceResetGpuLockedClocks")
 
     def may_write(self) -> bool:
         """Return whether CAP_SYS_ADMIN is effective in this process; see ``capability.has_sys_admin``."""
@@ -211,6 +210,14 @@ class NvmlDriver:
             return has_sys_admin(self._proc_status.read_text(encoding="utf-8", errors="replace"))
         except OSError:
             return False
+
+    def _ask(self, uuid: str, function: str, *arguments: Any) -> Any:
+        """Call an NVML function on a GPU.
+
+        Raises:
+            GpuError: the call failed, or the GPU is not known.
+        """
+        return _call(function, uuid, self._find(uuid, function).handle, *arguments)
 
     def _find(self, uuid: str, call: str) -> _Gpu:
         gpu = self._gpus.get(uuid)

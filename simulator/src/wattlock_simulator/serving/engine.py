@@ -71,6 +71,7 @@ class Counters:
     created_seconds: float
     generation_tokens: int = 0
     computed_prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
     transferred_prompt_tokens: int = 0
     finished_requests: int = 0
     preemptions: int = 0
@@ -82,7 +83,7 @@ class Counters:
     @property
     def prompt_tokens(self) -> int:
         """Prompt tokens of all sources."""
-        return self.computed_prompt_tokens + self.transferred_prompt_tokens
+        return self.computed_prompt_tokens + self.cached_prompt_tokens + self.transferred_prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,12 @@ class Engine:
     @property
     def kv_usage(self) -> float:
         """Share of the KV cache in use, 0 to 1."""
-        return min(1.0, self.running * self.settings.context / _KV_CAPACITY_TOKENS)
+        return self._kv_share(self.running * self.settings.context)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return self.settings.waiting
 
     @property
     def workload(self) -> Workload | None:
@@ -156,6 +162,10 @@ class Engine:
         if self._phase is Phase.PREFILL and settings.role is not Role.PREFILL:
             return Workload(settings.architecture, Phase.PREFILL, 1.0, settings.prompt_tokens)
         return Workload(settings.architecture, self._phase, self.running, settings.context)
+
+    @staticmethod
+    def _kv_share(tokens: float) -> float:
+        return min(1.0, tokens / _KV_CAPACITY_TOKENS)
 
     def restart(self, now_seconds: float) -> None:
         """All counters begin again, as after a crash of the engine."""

@@ -24,7 +24,7 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metric families, gauges first as vLLM orders them."""
         engine, counters = self._engine, self._engine.counters
-        waiting = float(engine.settings.waiting)
+        waiting = float(engine.waiting)
         yield self._gauge(
             "num_requests_running", "Number of requests in model execution batches.", round(engine.running)
         )
@@ -56,13 +56,15 @@ class _EngineCollector(Collector):
             "Number of prompt tokens by source.",
             {
                 "local_compute": counters.computed_prompt_tokens,
-                "local_cache_hit": 0,
+                "local_cache_hit": counters.cached_prompt_tokens,
                 "external_kv_transfer": counters.transferred_prompt_tokens,
             },
             "source",
         )
         yield from self._counter(
-            "prompt_tokens_cached", "Number of cached prompt tokens.", {"": counters.transferred_prompt_tokens}
+            "prompt_tokens_cached",
+            "Number of cached prompt tokens.",
+            {"": counters.cached_prompt_tokens + counters.transferred_prompt_tokens},
         )
         yield from self._counter(
             "generation_tokens", "Number of generation tokens processed.", {"": counters.generation_tokens}

@@ -12,6 +12,7 @@ from wattlock_simulator import layout, state
 from wattlock_simulator.serving.control import Change, MetricsFault
 from wattlock_simulator.serving.engine import Engine, Settings
 from wattlock_simulator.serving.exposition import page
+from wattlock_simulator.serving.requests import Request, RequestEngine
 
 TICK_SECONDS = 0.2
 _LOAD_SECONDS = 1.0
@@ -19,7 +20,11 @@ _LEASE_SECONDS = 3.0  # an instance that dies leaves its GPUs idle after this
 
 
 class Instance:
-    """One serving instance; all methods may be called from any thread."""
+    """One serving instance; all methods may be called from any thread.
+
+    Attributes:
+        model_name: name of the model that it serves.
+    """
 
     def __init__(
         self,
@@ -28,6 +33,7 @@ class Instance:
         *,
         model_name: str = "simulated",
         seed: int = 0,
+        by_requests: bool = False,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
         time_seconds: Callable[[], float] = time.time,
     ) -> None:
@@ -36,12 +42,14 @@ class Instance:
         self._gpus = tuple(gpus)
         self._monotonic_ns = monotonic_ns
         self._time_seconds = time_seconds
-        self._engine = Engine(settings, seed=seed, now_seconds=time_seconds())
-        self._model_name = model_name
+        kind = RequestEngine if by_requests else Engine
+        self._engine = kind(settings, seed=seed, now_seconds=time_seconds())
+        self.model_name = model_name
         self._fault = MetricsFault.NONE
         self._scrapes_backwards = 0
         self._load_due_ns = monotonic_ns()
         self._lock = threading.Lock()
+        self._progressed = threading.Condition(self._lock)
         self._left = False
         self._seen = [state.read_sensors(g) for g in self._gpus]
         with self._lock:
@@ -91,14 +99,43 @@ class Instance:
             elif self._fault is MetricsFault.BACKWARDS:
                 self._scrapes_backwards += 1
                 scale = 0.9**self._scrapes_backwards
-            return page(self._engine, self._model_name, scale=scale)
+            return page(self._engine, self.model_name, scale=scale)
 
     def leave(self) -> None:
         """Takes model and context off the GPUs, for good: a late scrape must not put them back."""
         with self._lock:
             self._left = True
+            self._progressed.notify_all()
             for gpu in self._gpus:
                 state.clear_workload(gpu)
+
+    def submit(self, request: Request) -> bool:
+        """Takes a request; False when this instance makes up its load instead of being asked for it."""
+        with self._lock:
+            if not isinstance(self._engine, RequestEngine) or self._left:
+                return False
+            self._tick()
+            self._engine.submit(request)
+            self._register()
+            return True
+
+    def wait(self, request: Request, seen_tokens: int, timeout_seconds: float) -> tuple[int, bool]:
+        """Waits until a request has more tokens than were seen, or is done.
+
+        Returns:
+            Whole tokens so far, and whether these are all.
+        """
+        with self._lock:
+            self._progressed.wait_for(
+                lambda: request.done or request.generated >= seen_tokens + 1 or self._left, timeout_seconds
+            )
+            return int(request.generated), request.done or self._left
+
+    def withdraw(self, request: Request) -> None:
+        """Forgets a request whose client has left."""
+        with self._lock:
+            if isinstance(self._engine, RequestEngine):
+                self._engine.withdraw(request)
 
     def _tick(self) -> None:
         steps, seconds = self._progress()
@@ -108,6 +145,7 @@ class Instance:
             self._engine.draw_load()
             self._load_due_ns = now + int(_LOAD_SECONDS * 1e9)
         self._register()
+        self._progressed.notify_all()
 
     def _progress(self) -> tuple[float, float]:
         """Steps of the slowest GPU and the seconds that it took for them, since the last call."""

@@ -1,4 +1,4 @@
-"""The HTTP face of an instance: /metrics, /healthz and POST /simulate."""
+"""The HTTP face of an instance: /metrics, /healthz, POST /simulate, and the part of OpenAI's API in ``completions``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from wattlock_simulator.serving import completions
 from wattlock_simulator.serving.control import ControlError, MetricsFault, parse
 from wattlock_simulator.serving.instance import TICK_SECONDS, Instance
 
@@ -16,9 +17,12 @@ _log = logging.getLogger(__name__)
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _REQUEST_TIMEOUT_SECONDS = 10.0
 _MAX_BODY_BYTES = 65_536
+_MAX_COMPLETION_BYTES = 8 << 20
+_BACKLOG = 256
 _HUGE_BYTES = 64 << 20
 _SLOW_SECONDS = 30.0
 _ENDLESS_SECONDS = 600.0
+_STREAM_WAIT_SECONDS = 5.0  # how late a client that left is noticed, when there is no token for it
 _FILLER = (b'vllm:filler_total{engine="0",model_name="simulated"} 1.0\n' * 1200)[:65_536]
 
 
@@ -26,6 +30,7 @@ class Server(ThreadingHTTPServer):
     """Serves one instance; ``stop`` ends slow and endless answers as well."""
 
     daemon_threads = True
+    request_queue_size = _BACKLOG  # a load begins with all its connections at once
 
     def __init__(self, address: tuple[str, int], instance: Instance) -> None:
         self.instance = instance
@@ -59,16 +64,22 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, b"ok\n", "text/plain")
         elif path == "/":
             self._json(HTTPStatus.OK, self.server.instance.describe())
+        elif path == "/v1/models":
+            self._json(HTTPStatus.OK, completions.models(self.server.instance.model_name))
         else:
-            self._json(HTTPStatus.NOT_FOUND, {"error": "try /metrics, /healthz, / or POST /simulate"})
+            self._json(HTTPStatus.NOT_FOUND, {"error": "try /metrics, /healthz, /v1/models, / or POST /simulate"})
 
     def do_POST(self) -> None:
-        if self.path != "/simulate":
-            self._json(HTTPStatus.NOT_FOUND, {"error": "POST goes to /simulate"})
+        if self.path not in ("/simulate", completions.PATH):
+            self._json(HTTPStatus.NOT_FOUND, {"error": f"POST goes to /simulate or {completions.PATH}"})
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
-            self._json(HTTPStatus.BAD_REQUEST, {"error": f"send a Content-Length of at most {_MAX_BODY_BYTES}"})
+        most = _MAX_BODY_BYTES if self.path == "/simulate" else _MAX_COMPLETION_BYTES
+        if not length.isdigit() or int(length) > most:
+            self._json(HTTPStatus.BAD_REQUEST, {"error": f"send a Content-Length of at most {most}"})
+            return
+        if self.path == completions.PATH:
+            self._complete(self.rfile.read(int(length)))
             return
         instance = self.server.instance
         try:
@@ -78,6 +89,35 @@ class _Handler(BaseHTTPRequestHandler):
             return
         instance.apply(change)
         self._json(HTTPStatus.OK, instance.describe())
+
+    def _complete(self, body: bytes) -> None:
+        instance = self.server.instance
+        try:
+            asked = completions.parse(body)
+        except ControlError as error:
+            self._json(HTTPStatus.BAD_REQUEST, {"error": {"message": str(error), "type": "BadRequestError"}})
+            return
+        if not instance.submit(asked.request):
+            message = "this instance makes up its own load: start it with --requests"
+            self._json(HTTPStatus.SERVICE_UNAVAILABLE, {"error": {"message": message, "type": "Unavailable"}})
+            return
+        answer = completions.Answer(asked, instance.model_name)
+        try:
+            if asked.stream:
+                self.send_response(HTTPStatus.OK)
+                self.send_header("Content-Type", "text/event-stream")
+                self.end_headers()
+            tokens, done = 0, False
+            while not done:
+                tokens, done = instance.wait(asked.request, tokens, _STREAM_WAIT_SECONDS)
+                if asked.stream:
+                    self.wfile.write(answer.events(tokens, done=done))
+            if not asked.stream:
+                self._json(HTTPStatus.OK, answer.whole(tokens))
+        except OSError:
+            self.close_connection = True  # the client left
+        finally:
+            instance.withdraw(asked.request)
 
     def _metrics(self) -> None:
         fault = self.server.instance.metrics_fault

@@ -1,0 +1,257 @@
+"""The load on an endpoint: always so many requests, counted right, and ended when the endpoint is of no use."""
+
+import json
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wattlock_agent.serving.base import ScrapeFailure, no_tokens
+from wattlock_agent.sweep import load as load_module
+from wattlock_agent.sweep.endpoint import (
+    EndpointError,
+    MetricsTokens,
+    metrics_url,
+    parse_endpoint,
+    served_model,
+)
+from wattlock_agent.sweep.load import ClientLoad, LoadError, tokens_in
+from wattlock_agent.sweep.plan import Shape, Workload
+from wattlock_agent.sweep.vllm_load import VllmLoad, arguments
+
+DECODE = Workload(Shape.DECODE, 3, 50, 4)
+PREFILL = Workload(Shape.PREFILL, 2, 50, 1)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: "Endpoint"
+
+    def do_GET(self):
+        self._send(200, self.server.models)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        with server.lock:
+            server.bodies.append(body)
+            server.running += 1
+            server.most = max(server.most, server.running)
+        try:
+            self._send(server.status, server.answer(body))
+        finally:
+            with server.lock:
+                server.running -= 1
+
+    def _send(self, status, content):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+class Endpoint(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.bodies, self.running, self.most = [], 0, 0
+        self.status = 200
+        self.models = b'{"data": [{"id": "tiny"}]}'
+
+    def answer(self, body):
+        usage = body["stream_options"]["continuous_usage_stats"]
+        events = [
+            {"choices": [{"text": "x"}], **({"usage": {"completion_tokens": n + 1}} if usage else {})}
+            for n in range(body["max_tokens"])
+        ]
+        return "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode() + b"data: [DONE]\n\n"
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    server = Endpoint()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_so_many_requests_are_on_the_way_and_no_more(endpoint):
+    load = ClientLoad(parse_endpoint(endpoint.url), "tiny", seed=1)
+    load.start(DECODE)
+    until(lambda: load.ready() and len(endpoint.bodies) > 12)
+    load.stop()
+    assert endpoint.most <= 3
+    body = endpoint.bodies[0]
+    assert (body["model"], body["max_tokens"], body["ignore_eos"], body["stream"]) == ("tiny", 4, True, True)
+    assert len(body["prompt"]) == 50
+    assert load.steady()
+    tokens = load.read()
+    assert tokens.generated % 4 == 0
+    assert tokens.prompt / 50 == pytest.approx(tokens.generated / 4, abs=3)
+
+
+def test_decode_prompts_are_repeated_and_prefill_prompts_never(endpoint):
+    load = ClientLoad(parse_endpoint(endpoint.url), "tiny", seed=1)
+    load.start(DECODE)
+    until(lambda: len(endpoint.bodies) > 12)
+    load.stop()
+    assert len({tuple(body["prompt"]) for body in endpoint.bodies}) == 3
+    endpoint.bodies.clear()
+    load.start(PREFILL)
+    until(lambda: len(endpoint.bodies) > 12)
+    load.stop()
+    prompts = [tuple(body["prompt"]) for body in endpoint.bodies]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_an_endpoint_that_refuses_ends_the_load_with_its_words(endpoint, monkeypatch):
+    monkeypatch.setattr(load_module, "_RETRY_SECONDS", 0.01)
+    endpoint.status, endpoint.answer = 400, lambda _: b'{"message": "context too long"}'
+    load = ClientLoad(parse_endpoint(endpoint.url), "tiny", seed=1)
+    load.start(DECODE)
+    with pytest.raises(LoadError, match="context too long"):
+        until(load.ready)
+    load.stop()
+
+
+def test_an_answer_without_tokens_is_a_failure(endpoint, monkeypatch):
+    monkeypatch.setattr(load_module, "_RETRY_SECONDS", 0.01)
+    endpoint.answer = lambda _: b"data: [DONE]\n\n"
+    load = ClientLoad(parse_endpoint(endpoint.url), "tiny", seed=1)
+    load.start(DECODE)
+    with pytest.raises(LoadError, match="without tokens"):
+        until(load.ready)
+    load.stop()
+
+
+def test_tokens_of_a_line():
+    assert tokens_in(b"", 3) == tokens_in(b": comment", 3) == tokens_in(b"data: [DONE]", 3) == 3
+    assert tokens_in(b'data: {"choices": [{"text": " a"}]}', 3) == 4
+    assert tokens_in(b'data: {"choices": [{"text": ""}]}', 3) == 3
+    assert tokens_in(b'data: {"choices": [], "usage": {"completion_tokens": 9}}', 3) == 9
+    with pytest.raises(ValueError, match="too busy"):
+        tokens_in(b'data: {"error": {"message": "too busy"}}', 3)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=80), st.integers(0, 5))
+def test_no_line_lowers_the_count(line, seen):
+    with suppress(ValueError, RecursionError):
+        assert tokens_in(b"data: " + line, seen) >= seen
+
+
+def test_endpoints_are_taken_with_and_without_v1_and_bad_ones_refused(endpoint):
+    assert parse_endpoint("http://h:8000/v1/").url == parse_endpoint("http://h:8000").url == "http://h:8000"
+    assert parse_endpoint("https://h/llm/v1").url == "https://h:443/llm"
+    for bad in ("h:8000", "ftp://h", "http://", "http://h:port"):
+        with pytest.raises(EndpointError, match=r"http://127\.0\.0\.1:8000"):
+            parse_endpoint(bad)
+    assert served_model(parse_endpoint(endpoint.url)) == "tiny"
+    endpoint.models = b"[]"
+    with pytest.raises(EndpointError, match="--model"):
+        served_model(parse_endpoint(endpoint.url))
+    assert metrics_url(parse_endpoint("http://localhost:8000"), None).startswith(("http://127.", "http://[::1]"))
+
+
+def test_a_restart_of_the_engine_ends_the_sweep():
+    pages = iter([no_tokens(1.0), no_tokens(2.0)])
+    tokens = MetricsTokens("http://127.0.0.1/metrics", lambda _: next(pages))
+    assert tokens.read().generated == 0
+
+    def counted(value, born):
+        return type(no_tokens(1.0))(**{**vars(no_tokens(3.0)), "generated_tokens": value, "born_seconds": born})
+
+    pages = iter([counted(10.0, 1.0), counted(20.0, 2.0)])
+    tokens = MetricsTokens("http://127.0.0.1/metrics", lambda _: next(pages))
+    assert tokens.read().generated == 10
+    with pytest.raises(EndpointError, match="restarted"):
+        tokens.read()
+    failure = MetricsTokens("http://127.0.0.1/metrics", lambda _: ScrapeFailure(1.0, "MetricsUnreachable", "no page"))
+    with pytest.raises(EndpointError, match="no page"):
+        failure.read()
+
+
+def test_the_arguments_for_vllm_share_the_prompt_in_decode_alone():
+    there = parse_endpoint("http://127.0.0.1:8000")
+    command = arguments(there, "m", None, Workload(Shape.DECODE, 8, 4096, 256), seed=3)
+    assert command[:3] == ["vllm", "bench", "serve"]
+    options = dict(pairwise(command))
+    assert (options["--random-prefix-len"], options["--random-input-len"]) == ("4080", "16")
+    assert (options["--max-concurrency"], options["--base-url"]) == ("8", "http://127.0.0.1:8000")
+    assert "--tokenizer" not in command
+    command = arguments(there, "m", "t", Workload(Shape.PREFILL, 8, 4096, 1), seed=3)
+    options = dict(pairwise(command))
+    assert (options["--random-prefix-len"], options["--random-input-len"]) == ("0", "4096")
+    assert options["--tokenizer"] == "t"
+
+
+@pytest.fixture
+def fake_vllm(tmp_path, monkeypatch):
+    """A program named vllm that notes its arguments and does what a line of shell says."""
+
+    def make(line):
+        program = tmp_path / "bin" / "vllm"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\necho "$$ $*" >> {tmp_path}/calls\n{line}\n')
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+        running = type(no_tokens(1.0))(**{**vars(no_tokens(1.0)), "running_requests": 8.0})
+        metrics = MetricsTokens("http://127.0.0.1/metrics", lambda _: running)
+        return VllmLoad(parse_endpoint("http://127.0.0.1:1"), "m", None, metrics, 1, tmp_path / "vllm.log")
+
+    return make
+
+
+def calls(tmp_path: Path) -> list[str]:
+    path = tmp_path / "calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_vllms_client_runs_until_stopped_with_all_its_children(fake_vllm, tmp_path):
+    load = fake_vllm("sleep 1000 & echo $! > " + str(tmp_path / "child") + "; wait")
+    load.start(Workload(Shape.DECODE, 8, 1024, 16))
+    until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text())
+    assert load.ready()
+    load.stop()
+    child = int((tmp_path / "child").read_text())
+    until(lambda: not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text())
+    load.stop()
+
+
+def test_vllms_client_is_started_anew_with_other_prompts_and_the_gap_is_told(fake_vllm, tmp_path):
+    load = fake_vllm("exit 0")
+    load.start(Workload(Shape.PREFILL, 8, 1024, 1))
+    until(lambda: not load.steady() and len(calls(tmp_path)) >= 3)
+    load.stop()
+    seeds = [line.rpartition("--seed ")[2].split()[0] for line in calls(tmp_path)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_vllms_client_that_fails_is_quoted(fake_vllm):
+    load = fake_vllm("echo no tokenizer for m >&2; exit 1")
+    load.start(Workload(Shape.DECODE, 8, 1024, 16))
+    with pytest.raises(LoadError, match="no tokenizer for m"):
+        until(lambda: load.steady() and False)
+    load.stop()
