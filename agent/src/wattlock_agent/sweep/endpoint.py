@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from wattlock_agent import boottime
+from wattlock_api import boottime
+
 from wattlock_agent.serving.base import ScrapeFailure, ServingCounters, is_restart
 from wattlock_agent.serving.scrape import Scraper
 

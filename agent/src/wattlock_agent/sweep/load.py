@@ -7,7 +7,8 @@ import threading
 import time
 from typing import Any, Protocol
 
-from wattlock_agent import boottime
+from wattlock_api import boottime
+
 from wattlock_agent.sweep.endpoint import Endpoint, EndpointError, Tokens, headers
 from wattlock_agent.sweep.plan import Shape, Workload
 

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from wattlock_agent import boottime
+from wattlock_api import boottime
+
 from wattlock_agent.gpu.base import GpuDriver, GpuReading
 from wattlock_agent.limiters import growth
 from wattlock_agent.sweep.endpoint import EndpointError, Tokens, TokenSource

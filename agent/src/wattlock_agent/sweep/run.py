@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from wattlock_agent import boottime
+from wattlock_api import boottime
+
 from wattlock_agent.gpu.base import GpuError
 from wattlock_agent.sweep.endpoint import EndpointError, EngineRestartedError
 from wattlock_agent.sweep.estimates import Window
