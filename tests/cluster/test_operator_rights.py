@@ -62,5 +62,5 @@ def test_a_whole_life_of_a_policy_meets_no_refusal(site, good_policy):
     kubectl.run("delete", "energypolicy", "qwen", "--timeout=30s")
     eventually(lambda: kubectl.get("daemonsets")["items"] == [])
     log = site.log.read_text()
-    for trouble in ("403", "forbidden", "Forbidden", "Traceback", "WARNING", "ERROR"):
+    for trouble in ("HTTP 403", "forbidden", "Forbidden", "Traceback", "WARNING", "ERROR"):
         assert trouble not in log, log

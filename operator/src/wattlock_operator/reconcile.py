@@ -258,12 +258,12 @@ class Reconciler:
             self._metrics.show(
                 ((policy, decision.statuses[policy.uid]) for policy in world.policies), leading=self.leading
             )
-            if not self._carry_out(decision, world, unix_seconds):
+            if not self._carry_out(decision, unix_seconds):
                 return self._retry_seconds()
             self._failures = 0
             return STATES_SECONDS if decision.again_soon else PERIOD_SECONDS
 
-    def _carry_out(self, decision: Decision, world: World, unix_seconds: float) -> bool:
+    def _carry_out(self, decision: Decision, unix_seconds: float) -> bool:
         well, failed = False, frozenset(policy.uid for policy, _ in decision.write_statuses)
         try:
             well, failed = self._applier.apply(decision, unix_seconds)
@@ -272,7 +272,9 @@ class Reconciler:
             written = {uid: entry for uid, entry in decision.memory.written.items() if uid not in failed}
             told = decision.memory.told.untold(failed, self._memory.told)
             self._memory = replace(decision.memory, written=written, told=told)
-        return self._applier.let_go(policy for policy in world.policies if policy.uid in decision.released) and well
+        # As they are now: their last status has just been written.
+        policies = self.store.world((), self._settings.agent_namespace).policies
+        return self._applier.let_go(policy for policy in policies if policy.uid in decision.released) and well
 
     async def stop(self) -> None:
         """Write nothing more, then give the lease up for the next operator."""
