@@ -22,7 +22,7 @@ J. McAuliffe and J. Sekhon, "Time-uniform, nonparametric, nonasymptotic confiden
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from wattlock_operator.pooling import Sample
 
@@ -53,6 +53,37 @@ def log_evidence(pairs: int, total: float, squares: float) -> float:
     return highest + math.log(sum(math.exp(each - highest) for each in logs) / len(BETS))
 
 
+def log_evidence_above(pairs: int, total: float, squares: float, level: float) -> float:
+    """Return log E against "no pair has an effect above ``level``", good at every look; 0 without pairs.
+
+    The bet is on one side: the mean over b > 0 of exp(b S) / cosh(b r)^n with d - level for d. With an effect e <= 0 in
+    a pair of which the coin decides the sign of the rest x, a factor's mean is 1 + (tanh(b (e + x)) + tanh(b (e - x))) / 2
+    <= 1, since tanh is odd and rises: nobody can expect to gain, so Ville's inequality holds here as well.
+    """
+    if pairs <= 0 or not (math.isfinite(total) and math.isfinite(squares) and squares >= 0):
+        return 0.0
+    moved = total - pairs * level
+    moved_squares = max(squares - 2 * level * total + pairs * level**2, moved**2 / pairs)
+    root_mean_square = math.sqrt(max(0.0, moved_squares) / pairs)
+    logs = [bet * moved - pairs * _log_cosh(bet * root_mean_square) for bet in BETS]
+    highest = max(logs)
+    return highest + math.log(sum(math.exp(each - highest) for each in logs) / len(BETS))
+
+
+def pairs_needed_above(pairs: int, total: float, squares: float, level: float, log_wanted: float) -> int | None:
+    """Return about how many pairs it takes in all for that much evidence, if they go on as so far.
+
+    ``None``: beyond a million, or never.
+    """
+    if pairs <= 0 or not total > pairs * level:
+        return None
+
+    def enough(count: int) -> bool:
+        return log_evidence_above(count, total * count / pairs, squares * count / pairs, level) >= log_wanted
+
+    return _first(pairs, enough)
+
+
 def pooled(samples: Sequence[Sample]) -> tuple[int, float, float]:
     """Return pairs, sum and sum of squares over all instances: their coins are independent."""
     return (
@@ -75,6 +106,11 @@ def pairs_needed(pairs: int, total: float, squares: float) -> int | None:
     def enough(count: int) -> bool:
         return is_enough(log_evidence(count, total * count / pairs, squares * count / pairs))
 
+    return _first(pairs, enough)
+
+
+def _first(pairs: int, enough: Callable[[int], bool]) -> int | None:
+    """Return the lowest number from ``pairs`` on that is enough; ``None``: beyond a million."""
     high = pairs
     while not enough(high):
         high *= 2
