@@ -57,8 +57,9 @@ def log_evidence_above(pairs: int, total: float, squares: float, level: float) -
     """Return log E against "no pair has an effect above ``level``", good at every look; 0 without pairs.
 
     The bet is on one side: the mean over b > 0 of exp(b S) / cosh(b r)^n with d - level for d. With an effect e <= 0 in
-    a pair of which the coin decides the sign of the rest x, a factor's mean is 1 + (tanh(b (e + x)) + tanh(b (e - x))) / 2
-    <= 1, since tanh is odd and rises: nobody can expect to gain, so Ville's inequality holds here as well.
+    a pair, of which the coin decides the sign of the rest x, a factor has the mean 1 + (tanh(b (e + x)) +
+    tanh(b (e - x))) / 2, which is at most 1 since tanh is odd and rises: nobody can expect to gain, so Ville's
+    inequality holds here as well.
     """
     if pairs <= 0 or not (math.isfinite(total) and math.isfinite(squares) and squares >= 0):
         return 0.0

@@ -1,4 +1,4 @@
-"""The tuner at work on a simulated pool: its real decisions, the agent's real pairs and guardrail, the real schedule."""
+"""The tuner at work on a simulated pool: its own decisions, on the agent's own pairs, guardrail and schedule."""
 
 from dataclasses import dataclass, replace
 
@@ -109,7 +109,9 @@ def tune(cell: Cell, seed: int, goal: Goal = GOAL) -> Tuned:
     trips = breach = capped_epochs = 0
     clocks = supported_clocks_mhz(cell.product)
     epoch = BEGIN_EPOCH
-    while state.phase in (Phase.STARTING, Phase.SEARCHING) and (epoch - BEGIN_EPOCH) * EPOCH_SECONDS < MOST_HOURS * 3600:
+    while (
+        state.phase in (Phase.STARTING, Phase.SEARCHING) and (epoch - BEGIN_EPOCH) * EPOCH_SECONDS < MOST_HOURS * 3600
+    ):
         log_batch, start = load.epoch(), float(epoch * EPOCH_SECONDS)
         cap_mhz = state.cap_mhz
         free = cell.physics.run(log_batch, boards, None, cell.limit_watts)

@@ -13,15 +13,16 @@ Where nothing has gained yet, this is not used: caps above what the GPU reaches 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from wattlock_operator.tuning.evidence import (
     MAX_TRIALS,
     Mean,
     breach,
+    can_be_fast_enough,
+    can_pay,
     is_admitted,
     objective_of,
-    pairs_to_saving,
-    pairs_to_speed,
 )
 from wattlock_operator.tuning.model import TOO_SLOW, Goal, Outcome, Trial
 
@@ -37,8 +38,9 @@ MIN_PAIRS = 12
 SCREEN_PAIRS = 72
 #: It must be possible to decide an arm with so many pairs.
 MOST_PAIRS = 1000
-#: How many standard errors the truth may be better than what was measured, where an arm is given up as hopeless.
-OPTIMISM = 1.5
+#: How many standard errors the truth may be better than what was measured, where an arm is given up as hopeless: many
+#: while there are few pairs, since everything below such an arm is given up with it.
+OPTIMISM_EARLY, OPTIMISM = 2.5, 1.5
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Nothing:
 Next = Try | Confirm | Choose | Nothing
 
 
+@lru_cache(maxsize=256)
 def judged(trial: Trial, goal: Goal) -> Trial:
     """Return the arm with its outcome as far as the pairs decide it; what is decided stays so.
 
@@ -86,15 +89,35 @@ def judged(trial: Trial, goal: Goal) -> Trial:
         return trial
     if goal.most_log_latency is not None and sums.latency_pairs == 0:
         return replace(trial, outcome=Outcome.NOT_SHOWN, note="no inter-token latency was measured")
-    if not _bearable(pairs_to_speed(goal, sums, OPTIMISM), sums.pairs):
+    optimism = OPTIMISM if sums.pairs >= SCREEN_PAIRS else OPTIMISM_EARLY
+    if sums.pairs >= MOST_PAIRS or not can_be_fast_enough(goal, sums, MOST_PAIRS, optimism):
         return replace(trial, outcome=Outcome.NOT_SHOWN, note="too close to a bound, or beyond it")
-    if not _bearable(pairs_to_saving(goal, sums, OPTIMISM), sums.pairs):
+    if not can_pay(goal, sums, MOST_PAIRS, optimism):
         return replace(trial, outcome=Outcome.DOES_NOT_PAY, note=f"saves less than {goal.min_saving_percent:g} %")
     return trial
 
 
-def _bearable(wanted: int | None, pairs: int) -> bool:
-    return wanted is not None and wanted <= MOST_PAIRS and pairs < MOST_PAIRS
+def floor_mhz(trials: Sequence[Trial]) -> int | None:
+    """Return the highest cap that is too slow: nothing at or below it is in question. ``None``: none is.
+
+    A lower clock is never faster. So where a cap was admitted, one above it that could not be shown to keep the bounds
+    just had bad luck.
+    """
+    admitted = min((trial.cap_mhz for trial in trials if trial.outcome is Outcome.ADMITTED), default=math.inf)
+    return max(
+        (
+            trial.cap_mhz
+            for trial in trials
+            if trial.outcome is Outcome.BREACH or (trial.outcome is Outcome.NOT_SHOWN and trial.cap_mhz < admitted)
+        ),
+        default=None,
+    )
+
+
+def in_question(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the arms that are not too slow."""
+    floor = floor_mhz(trials) or 0
+    return [trial for trial in trials if trial.cap_mhz > floor and trial.outcome not in TOO_SLOW]
 
 
 def is_clear(trial: Trial, others: Sequence[Trial], goal: Goal) -> bool:
@@ -135,8 +158,8 @@ def _points(trials: Sequence[Trial], goal: Goal, top_mhz: int) -> list[tuple[int
     """Return clock and objective of the arms that were measured, from the released clock down."""
     known = [
         (trial.cap_mhz, objective_of(goal, trial.sums))
-        for trial in sorted(trials, key=lambda trial: -trial.cap_mhz)
-        if trial.outcome not in TOO_SLOW and trial.sums.pairs >= 2
+        for trial in sorted(in_question(trials), key=lambda trial: -trial.cap_mhz)
+        if trial.sums.pairs >= 2
     ]
     return [(top_mhz, Mean(0, 0.0, 0.0)), *known]
 
@@ -154,10 +177,7 @@ def _lower(trials: Sequence[Trial], goal: Goal, clocks_mhz: Sequence[int], top_m
     """Return the next cap below the lowest good one, if there is one that could gain."""
     if len(trials) >= MAX_TRIALS:
         return None
-    good = [trial.cap_mhz for trial in trials if trial.outcome not in TOO_SLOW]
-    slow = [trial.cap_mhz for trial in trials if trial.outcome in TOO_SLOW]
-    lowest = min(good, default=top_mhz)
-    floor = max((mhz for mhz in slow if mhz < lowest), default=None)
+    lowest, floor = min((trial.cap_mhz for trial in in_question(trials)), default=top_mhz), floor_mhz(trials)
     if floor is None:
         target = start_mhz if not trials else STEP * lowest
         free = [mhz for mhz in clocks_mhz if mhz < lowest]
@@ -175,7 +195,7 @@ def _lower(trials: Sequence[Trial], goal: Goal, clocks_mhz: Sequence[int], top_m
 
 def best_arm(trials: Sequence[Trial], goal: Goal) -> Trial | None:
     """Return the arm with the best objective; of those that hardly differ the one with the highest clock."""
-    good = [trial for trial in trials if trial.outcome in (Outcome.OPEN, Outcome.ADMITTED) and trial.sums.pairs]
+    good = [trial for trial in in_question(trials) if trial.outcome is not Outcome.DOES_NOT_PAY and trial.sums.pairs]
     if not good:
         return None
     best = min(objective_of(goal, trial.sums).value for trial in good)
@@ -197,10 +217,7 @@ def next_arm(trials: Sequence[Trial], goal: Goal, clocks_mhz: Sequence[int], top
 
 def arms_left(trials: Sequence[Trial], clocks_mhz: Sequence[int], top_mhz: int) -> int:
     """Return how many more arms there can be, roughly: steps down, or halvings."""
-    good = [trial.cap_mhz for trial in trials if trial.outcome not in TOO_SLOW]
-    slow = [trial.cap_mhz for trial in trials if trial.outcome in TOO_SLOW]
-    lowest = min(good, default=top_mhz)
-    floor = max((mhz for mhz in slow if mhz < lowest), default=None)
+    lowest, floor = min((trial.cap_mhz for trial in in_question(trials)), default=top_mhz), floor_mhz(trials)
     if not clocks_mhz or lowest <= clocks_mhz[-1]:
         return 0
     if floor is None:

@@ -89,16 +89,26 @@ class _Claim:
     def log_counter_evidence(self) -> float:
         return sequential.log_evidence_above(self.pairs, -self.total, self.squares, -self.level)
 
-    def pairs_in_all(self, optimism: float) -> int | None:
-        """Return how many pairs it takes in all to admit; ``optimism``: standard errors that the mean may move."""
+    def _shifted(self, optimism: float) -> tuple[float, float] | None:
+        """Return sum and sum of squares, had the mean been so many standard errors better."""
         mean = mean_of(self.pairs, (self.total, self.squares))
         if mean.pairs < 2:
             return None
         value = mean.value + optimism * mean.error
         spread = max(0.0, self.squares - self.pairs * mean.value**2)
-        return sequential.pairs_needed_above(
-            self.pairs, self.pairs * value, spread + self.pairs * value**2, self.level, LOG_ADMIT
-        )
+        return self.pairs * value, spread + self.pairs * value**2
+
+    def is_shown_by(self, pairs: int, optimism: float) -> bool:
+        """Return whether so many pairs in all would admit, if they go on as so far or a little better."""
+        shifted = self._shifted(optimism)
+        if shifted is None:
+            return False
+        share = pairs / self.pairs
+        return sequential.log_evidence_above(pairs, shifted[0] * share, shifted[1] * share, self.level) >= LOG_ADMIT
+
+    def pairs_in_all(self) -> int | None:
+        """Return how many pairs it takes in all to admit, if they go on as so far; ``None``: they never will."""
+        return sequential.pairs_needed_above(self.pairs, self.total, self.squares, self.level, LOG_ADMIT)
 
 
 def _fast_enough(goal: Goal, sums: Tally) -> list[tuple[str, _Claim]]:
@@ -110,7 +120,11 @@ def _fast_enough(goal: Goal, sums: Tally) -> list[tuple[str, _Claim]]:
     return claims
 
 
-def _pays(goal: Goal, sums: Tally) -> _Claim:
+def _percent_saved(log_ratio: float) -> float:
+    return -100 * math.expm1(min(50.0, log_ratio))
+
+
+def _pays(sums: Tally) -> _Claim:
     total, squares = sums.energy
     return _Claim(sums.pairs, -total, squares, 0.0)
 
@@ -130,24 +144,30 @@ def costs_energy(sums: Tally) -> bool:
 
 def is_admitted(goal: Goal, sums: Tally) -> bool:
     """Return whether it is shown that the bounds are kept and energy is saved, and the saving is worth it."""
-    if -math.expm1(mean_of(sums.pairs, sums.energy).value) * 100 < goal.min_saving_percent:
+    if _percent_saved(mean_of(sums.pairs, sums.energy).value) < goal.min_saving_percent:
         return False
-    claims = [claim for _, claim in _fast_enough(goal, sums)] + [_pays(goal, sums)]
+    claims = [claim for _, claim in _fast_enough(goal, sums)] + [_pays(sums)]
     return all(claim.log_evidence >= LOG_ADMIT for claim in claims)
 
 
-def pairs_to_speed(goal: Goal, sums: Tally, optimism: float = 0.0) -> int | None:
-    """Return about how many pairs in all show that the bounds are kept; ``None``: they never will."""
-    wanted = [claim.pairs_in_all(optimism) for _, claim in _fast_enough(goal, sums)]
+def can_be_fast_enough(goal: Goal, sums: Tally, pairs: int, optimism: float) -> bool:
+    """Return whether so many pairs in all could show that the bounds are kept.
+
+    ``optimism``: by how many standard errors the truth may be better than what was measured.
+    """
+    return all(claim.is_shown_by(pairs, optimism) for _, claim in _fast_enough(goal, sums))
+
+
+def can_pay(goal: Goal, sums: Tally, pairs: int, optimism: float) -> bool:
+    """Return whether so many pairs in all could show a saving that is worth it."""
+    energy = mean_of(sums.pairs, sums.energy)
+    if energy.pairs < 2 or _percent_saved(energy.value - optimism * energy.error) < goal.min_saving_percent:
+        return False
+    return _pays(sums).is_shown_by(pairs, optimism)
+
+
+def pairs_to_admit(goal: Goal, sums: Tally) -> int | None:
+    """Return about how many pairs in all admit the cap, if they go on as so far; ``None``: they never will."""
+    wanted = [claim.pairs_in_all() for _, claim in _fast_enough(goal, sums)] + [_pays(sums).pairs_in_all()]
     known = [count for count in wanted if count is not None]
     return max(known) if len(known) == len(wanted) else None
-
-
-def pairs_to_saving(goal: Goal, sums: Tally, optimism: float = 0.0) -> int | None:
-    """Return about how many pairs in all show a saving that is worth it; ``None``: they never will."""
-    energy = mean_of(sums.pairs, sums.energy)
-    if energy.pairs < 2:
-        return None
-    if -math.expm1(energy.value - optimism * energy.error) * 100 < goal.min_saving_percent:
-        return None
-    return _pays(goal, sums).pairs_in_all(optimism)

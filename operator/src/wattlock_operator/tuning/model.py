@@ -7,11 +7,13 @@ from enum import StrEnum
 
 from wattlock_operator.ledger import Tally
 
+NO_PAIRS = Tally()
+
 
 class Objective(StrEnum):
     """What is made as small as the bounds allow."""
 
-    ENERGY_PER_TOKEN = "EnergyPerToken"
+    ENERGY_PER_TOKEN = "EnergyPerToken"  # noqa: S105
     ENERGY_DELAY_PRODUCT = "EnergyDelayProduct"
     """Energy for each token times the inter-token latency: gives up a saving that costs as much speed."""
 
@@ -102,9 +104,9 @@ class Trial:
     """An arm of the search: one cap against released."""
 
     cap_mhz: int
-    seen: Tally = Tally()
+    seen: Tally = NO_PAIRS
     """The pool's sums for this cap at the last look."""
-    sums: Tally = Tally()
+    sums: Tally = NO_PAIRS
     """What of them belongs to this search."""
     outcome: Outcome = Outcome.OPEN
     note: str = ""
@@ -147,7 +149,7 @@ class Tuning:
     """Whether the current cap is measured until it is decided, as the likely choice."""
     top_mhz: int | None = None
     """The clock that released GPUs ran at: caps from there on do nothing."""
-    held: Tally = Tally()
+    held: Tally = NO_PAIRS
     """Pairs since the choice."""
     regime: Regime | None = None
     """The work that the search was made under."""

@@ -45,10 +45,8 @@ def is_other_kind(reference: Regime | None, now: Regime | None) -> bool:
     return reference is not None and now is not None and reference.kind != now.kind
 
 
-def follow(reference: Regime | None, now: Regime | None, seconds: float) -> Regime | None:
+def follow(reference: Regime, now: Regime, seconds: float) -> Regime:
     """Return the reference moved towards what is seen, as far as the time since the last look allows."""
-    if reference is None or now is None:
-        return reference or now
     share = -math.expm1(-max(0.0, seconds) / FOLLOW_SECONDS)
 
     def between(old: float, new: float) -> float:

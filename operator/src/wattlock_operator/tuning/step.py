@@ -13,10 +13,9 @@
 import math
 from dataclasses import replace
 
-from wattlock_operator.ledger import Tally
 from wattlock_operator.tuning.arms import STEP, Choose, Confirm, Try, is_clear, judged, next_arm, usable_clocks
 from wattlock_operator.tuning.evidence import breach, costs_energy, grown
-from wattlock_operator.tuning.model import Goal, Observation, Outcome, Phase, Trial, Tuning
+from wattlock_operator.tuning.model import NO_PAIRS, Goal, Observation, Outcome, Phase, Trial, Tuning
 from wattlock_operator.tuning.regime import follow, is_other_kind, moved
 
 #: The released pool is looked at for so long before the first cap.
@@ -77,24 +76,21 @@ def _counted(state: Tuning, seen: Observation) -> Tuning:
 
 def _with_regime(state: Tuning, seen: Observation) -> Tuning:
     """Return the state with what the load is and since when it is another one."""
-    known = None if seen.regime is None else replace(seen.regime, power_limited=None)
-    if state.regime is None:
-        return replace(state, regime=known, moved_since_seconds=None)
+    # The arms of a search take the power limit away and give it back: it says nothing then.
     resting = state.phase in (Phase.SETTLED, Phase.RELEASED)
-    compared = seen.regime if resting else known
-    if moved(state.regime, compared):
+    now = seen.regime if resting or seen.regime is None else replace(seen.regime, power_limited=None)
+    reference = state.regime
+    if reference is None or now is None:
+        return replace(state, regime=reference or now)
+    if moved(reference, now):
         since = state.moved_since_seconds
         return replace(state, moved_since_seconds=seen.now_seconds if since is None else since)
-    if compared is not None:
-        state = replace(state, moved_since_seconds=None)
-    elapsed = seen.now_seconds - (seen.now_seconds if state.looked_seconds is None else state.looked_seconds)
     if not resting:
-        return replace(state, regime=follow(state.regime, known, elapsed))
-    since = seen.now_seconds if state.since_seconds is None else state.since_seconds
-    if state.regime is not None and state.regime.power_limited is None and seen.regime is not None:
-        if seen.now_seconds - since >= NOTE_POWER_SECONDS:
-            return replace(state, regime=replace(state.regime, power_limited=seen.regime.power_limited))
-    return state
+        last = seen.now_seconds if state.looked_seconds is None else state.looked_seconds
+        reference = follow(reference, now, seen.now_seconds - last)
+    elif reference.power_limited is None and _age_seconds(state, seen) >= NOTE_POWER_SECONDS:
+        reference = replace(reference, power_limited=now.power_limited)
+    return replace(state, regime=reference, moved_since_seconds=None)
 
 
 def _has_moved(state: Tuning, seen: Observation) -> bool:
@@ -127,7 +123,7 @@ def _start(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
         trials=(),
         confirming=False,
         top_mhz=top,
-        held=Tally(),
+        held=NO_PAIRS,
         note="",
     )
     return _advance(replace(begun, current_mhz=None), goal, seen, start_mhz=_start_mhz(state, top))
@@ -162,15 +158,15 @@ def _advance(state: Tuning, goal: Goal, seen: Observation, start_mhz: int | None
         others = [trial for trial in trials if trial.cap_mhz != current.cap_mhz]
         if state.confirming or not is_clear(current, others, goal):
             return state
-    top = state.top_mhz or max(seen.supported_mhz, default=0)
+    if not seen.supported_mhz:
+        return replace(state, current_mhz=None, confirming=False, note="the clocks that the GPUs support are not known")
+    top = state.top_mhz or max(seen.supported_mhz)
     clocks = usable_clocks(seen.supported_mhz, goal, top)
     if not clocks:
-        if seen.supported_mhz:
-            return _finish(state, seen, Phase.RELEASED, None, "no supported clock lies within the bounds of the search")
-        return state
-    nxt = next_arm(trials, goal, clocks, top, _start_mhz(replace(state, current_mhz=None), top) if start_mhz is None else start_mhz)
+        return _finish(state, seen, Phase.RELEASED, None, "no supported clock lies within the bounds of the search")
+    nxt = next_arm(trials, goal, clocks, top, top if start_mhz is None else start_mhz)
     if isinstance(nxt, Try):
-        trial = Trial(nxt.cap_mhz, seen=seen.tallies.get(nxt.cap_mhz, Tally()))
+        trial = Trial(nxt.cap_mhz, seen=seen.tallies.get(nxt.cap_mhz, NO_PAIRS))
         return replace(state, trials=(*trials, trial), current_mhz=nxt.cap_mhz, confirming=False, note="")
     if isinstance(nxt, Confirm):
         return replace(state, current_mhz=nxt.cap_mhz, confirming=True, note="")
@@ -195,7 +191,7 @@ def _finish(state: Tuning, seen: Observation, phase: Phase, cap_mhz: int | None,
         took_seconds=max(0.0, seen.now_seconds - began),
         current_mhz=cap_mhz,
         confirming=False,
-        held=Tally(),
+        held=NO_PAIRS,
         moved_since_seconds=None,
         note=note,
     )
@@ -246,7 +242,7 @@ def _hold(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
         trials=trials,
         current_mhz=None,
         confirming=False,
-        held=Tally(),
+        held=NO_PAIRS,
         note=note,
     )
     return again if tripped else _advance(again, goal, seen)
