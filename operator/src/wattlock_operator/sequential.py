@@ -64,8 +64,10 @@ def log_evidence_above(pairs: int, total: float, squares: float, level: float) -
     if pairs <= 0 or not (math.isfinite(total) and math.isfinite(squares) and squares >= 0):
         return 0.0
     moved = total - pairs * level
-    moved_squares = max(squares - 2 * level * total + pairs * level**2, moved**2 / pairs)
+    moved_squares = max(squares - 2 * level * total + pairs * level**2, moved * moved / pairs)
     root_mean_square = math.sqrt(max(0.0, moved_squares) / pairs)
+    if not math.isfinite(root_mean_square):
+        return 0.0
     logs = [bet * moved - pairs * _log_cosh(bet * root_mean_square) for bet in BETS]
     highest = max(logs)
     return highest + math.log(sum(math.exp(each - highest) for each in logs) / len(BETS))
