@@ -114,8 +114,8 @@ def tune(cell: Cell, seed: int, goal: Goal = GOAL) -> Tuned:
     ):
         log_batch, start = load.epoch(), float(epoch * EPOCH_SECONDS)
         cap_mhz = state.cap_mhz
-        free = cell.physics.run(log_batch, boards, None, cell.limit_watts)
-        slow = free if cap_mhz is None else cell.physics.run(log_batch, boards, cap_mhz, cell.limit_watts)
+        work = cell.physics.tables(log_batch, boards)
+        free, slow = work.under(None, cell.limit_watts), work.under(cap_mhz, cell.limit_watts)
         errors = chance.standard_t(4, INSTANCES) / np.sqrt(2) * SENSOR
         for row, each in enumerate(instances):
             each.switchback.configure(None if cap_mhz is None else experiment, each.name, cap_mhz)
@@ -169,4 +169,4 @@ def tune(cell: Cell, seed: int, goal: Goal = GOAL) -> Tuned:
 
 def effect_of(tuned: Tuned, levers: Levers) -> Effect:
     """Return what the chosen cap truly does."""
-    return Effect(0.0, 0.0, 0.0) if tuned.cap_mhz is None else levers.effect(tuned.cap_mhz)
+    return Effect(0.0, 0.0, 0.0, 0.0) if tuned.cap_mhz is None else levers.effect(tuned.cap_mhz)

@@ -64,6 +64,8 @@ class Effect:
     saving: float
     throughput: float
     latency: float
+    worst_latency: float
+    """Of the instance that fares worst: boards are not alike."""
 
     @property
     def within(self) -> bool:
@@ -103,32 +105,44 @@ class Physics:
         self.cell = cell
         self.clocks = np.array(supported_clocks_mhz(cell.product))
         low, high = np.log(cell.regime.batch) - 1.2, np.log(cell.regime.batch) + 1.2
-        self._grid = np.linspace(max(0.0, low), high, 81)
+        self.grid = np.linspace(max(0.0, low), high, 81)
         works = [
-            Workload(cell.architecture, Phase.DECODE, float(np.exp(each)), cell.regime.context) for each in self._grid
+            Workload(cell.architecture, Phase.DECODE, float(np.exp(each)), cell.regime.context) for each in self.grid
         ]
         self._watts = np.array([[board_watts(cell.product, work, float(mhz)) for mhz in self.clocks] for work in works])
         self._seconds = np.array(
             [[step_seconds(cell.product, work, float(mhz)) for mhz in self.clocks] for work in works]
         )
 
-    def run(
-        self, log_batch: np.ndarray, boards: np.ndarray, cap_mhz: int | None, limit_watts: float
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return watts, seconds of a step and clock under a cap and a power limit."""
-        position = np.interp(log_batch, self._grid, np.arange(len(self._grid)))
-        index = np.minimum(position.astype(int), len(self._grid) - 2)
+    def tables(self, log_batch: np.ndarray, boards: np.ndarray) -> "Work":
+        """Return watts and seconds of a step at every clock, under a load on these boards."""
+        position = np.interp(log_batch, self.grid, np.arange(len(self.grid)))
+        index = np.minimum(position.astype(int), len(self.grid) - 2)
         share = (position - index)[..., None]
-        watts = (self._watts[index] * (1 - share) + self._watts[index + 1] * share) * boards[..., None]
-        allowed = (self.clocks <= effective_cap_mhz(cap_mhz)) & (watts <= limit_watts)
-        allowed[..., -1] = True  # the lowest clock is always there
-        chosen = allowed.argmax(axis=-1)  # clocks are sorted, highest first
+        watts = self._watts[index] * (1 - share) + self._watts[index + 1] * share
         seconds = self._seconds[index] * (1 - share) + self._seconds[index + 1] * share
+        return Work(self.clocks, watts * boards[..., None], seconds)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Watts and seconds of a step by clock (the last axis, highest first)."""
+
+    clocks: np.ndarray
+    watts: np.ndarray
+    seconds: np.ndarray
+
+    def under(self, cap_mhz: int | None, limit_watts: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return watts, seconds of a step and clock under a cap and a power limit."""
+        first = int(np.argmax(self.clocks <= effective_cap_mhz(cap_mhz)))
+        allowed = self.watts[..., first:] <= limit_watts
+        allowed[..., -1] = True  # the lowest clock is always there
+        chosen = first + allowed.argmax(axis=-1)
 
         def pick(values: np.ndarray) -> np.ndarray:
             return np.take_along_axis(values, chosen[..., None], axis=-1)[..., 0]
 
-        return pick(watts), pick(seconds), self.clocks[chosen]
+        return pick(self.watts), pick(self.seconds), self.clocks[chosen]
 
 
 def cells() -> list[Cell]:
@@ -166,31 +180,33 @@ def _sample(regime: Regime, epochs: int) -> np.ndarray:
     return np.stack([load.epoch() for _ in range(epochs)], axis=1)
 
 
-def _totals(cell: Cell, cap_mhz: int | None, limit_watts: float, epochs: int) -> tuple[np.ndarray, ...]:
-    load = _sample(cell.regime, epochs)
-    boards = np.broadcast_to(np.array(BOARDS)[:, None, None], load.shape)
-    watts, seconds, _ = cell.physics.run(load, boards, cap_mhz, limit_watts)
-    rate, batch = np.exp(load) / seconds, np.exp(load)
-    return watts.mean(-1), rate.mean(-1), batch.mean(-1) / rate.mean(-1)
-
-
 class Levers:
     """What any static setting does to a cell, in the same load."""
 
-    def __init__(self, cell: Cell, epochs: int = 120) -> None:
-        self._cell, self._epochs = cell, epochs
-        self._default = _totals(cell, None, cell.limit_watts, epochs)
+    def __init__(self, cell: Cell, epochs: int = 60) -> None:
+        self._cell = cell
+        load = _sample(cell.regime, epochs)
+        boards = np.broadcast_to(np.array(BOARDS)[:, None, None], load.shape)
+        self._batch, self._work = np.exp(load), cell.physics.tables(load, boards)
+        self._default = self._totals(None, cell.limit_watts)
+
+    def _totals(self, cap_mhz: int | None, limit_watts: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return watts, tokens per second and inter-token latency: instances by epochs."""
+        watts, seconds, _ = self._work.under(cap_mhz, limit_watts)
+        rate = (self._batch / seconds).mean(-1)
+        return watts.mean(-1), rate, self._batch.mean(-1) / rate
 
     def effect(self, cap_mhz: int | None = None, limit_watts: float | None = None) -> Effect:
         """Return the effect of a clock cap or of a power limit, by the mean log ratio over instances and epochs."""
         limit = self._cell.limit_watts if limit_watts is None else min(limit_watts, self._cell.limit_watts)
-        watts, rate, latency = _totals(self._cell, cap_mhz, limit, self._epochs)
+        watts, rate, latency = self._totals(cap_mhz, limit)
         base_watts, base_rate, base_latency = self._default
-        saving = -np.expm1(np.mean(np.log(watts / rate) - np.log(base_watts / base_rate)))
+        slower = np.log(latency / base_latency)
         return Effect(
-            100 * float(saving),
+            -100 * float(np.expm1(np.mean(np.log(watts / rate) - np.log(base_watts / base_rate)))),
             100 * float(np.expm1(np.mean(np.log(rate / base_rate)))),
-            100 * float(np.expm1(np.mean(np.log(latency / base_latency)))),
+            100 * float(np.expm1(np.mean(slower))),
+            100 * float(np.expm1(slower.mean(axis=1).max())),
         )
 
 
