@@ -88,6 +88,8 @@ class Reason(StrEnum):
     POLICY_CONFLICT = "PolicyConflict"
     ROLLOUT_PENDING = "RolloutPending"
     ROLLED_BACK = "RolledBack"
+    TUNING = "Tuning"
+    NO_CLOCK_PAYS = "NoClockPays"
     NO_MATCHING_PODS = "NoMatchingPods"
     NO_GPUS = "NoGPUs"
     NO_AGENT = "NoAgent"

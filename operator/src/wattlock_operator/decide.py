@@ -8,14 +8,16 @@ from wattlock_api.nodeenergy import Order
 from wattlock_api.policystatus import EnergyPolicyStatus, RolloutStatus
 
 from wattlock_operator.accounting import Account
-from wattlock_operator.events import Telling, Told, tell
+from wattlock_operator.events import Telling, Told, tell, tell_tuning
 from wattlock_operator.ledger import Ledger
 from wattlock_operator.orders import Orders, give_orders
 from wattlock_operator.peerpower import peer_powers
 from wattlock_operator.placement import DaemonSets, TemplateError, plan_daemon_sets
 from wattlock_operator.release import Release, locked_uuids, release_of
 from wattlock_operator.reports import PoolKey, collect
+from wattlock_operator.selection import select
 from wattlock_operator.status import report_policy, urgent_change
+from wattlock_operator.tuning.pools import Tuner, tune_pools
 from wattlock_operator.world import PolicyView, World
 
 #: Numbers alone are written this often.
@@ -46,6 +48,7 @@ class Memory:
     """Nodes that had orders of a policy, by its UID."""
     rollouts: Mapping[PoolKey, RolloutStatus] = field(default_factory=dict)
     told: Told = field(default_factory=Told)
+    tuners: Mapping[PoolKey, Tuner] = field(default_factory=dict)
     powers_at: Mapping[str, float] = field(default_factory=dict)
     """When the annotation about power on other nodes was last written, by node."""
 
@@ -124,7 +127,16 @@ def _told_rollouts(world: World) -> dict[PoolKey, RolloutStatus]:
 
 def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now_seconds: float) -> Decision:
     """Return what to do now. Total: bad input leads to a condition with a reason, never to an exception."""
-    orders = give_orders(world, {**_told_rollouts(world), **memory.rollouts}, now_seconds)
+    reports = collect(world, now_seconds)
+    selection = select(world.policies, world.pods)
+    tuners = tune_pools(world, selection, reports, memory.ledgers, memory.tuners, now_seconds)
+    orders = give_orders(
+        world,
+        {**_told_rollouts(world), **memory.rollouts},
+        now_seconds,
+        {key: tuner.order for key, tuner in tuners.items()},
+        selection,
+    )
     powers = peer_powers(world, orders.by_node)
     fresh = {node for node, at_seconds in memory.powers_at.items() if now_seconds - at_seconds < PEER_POWER_SECONDS}
     write, delete = _orders_to_write(world, orders, powers, fresh)
@@ -142,7 +154,6 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
             daemon_sets = plan_daemon_sets(world, template, pending)
         except TemplateError as error:
             template_problem = f"the agents cannot be rolled out: {error}. Upgrade or repair the Helm release"
-    reports = collect(world, now_seconds)
     statuses: dict[str, EnergyPolicyStatus] = {}
     accounts: dict[PoolKey, Account] = {}
     ledgers: dict[PoolKey, Ledger] = {}
@@ -160,6 +171,7 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
             reports,
             memory.accounts,
             memory.ledgers,
+            tuners,
             before,
             releases.get(policy.uid),
             template_problem,
@@ -176,6 +188,8 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
             write_statuses.append((policy, report.status))
             more, told = tell(policy, before.conditions if before else (), report.status.conditions, told, now_seconds)
             tellings.extend(more)
+            more, told = tell_tuning(policy, before.pools if before else (), report.status.pools, told, now_seconds)
+            tellings.extend(more)
             written[policy.uid] = Written(report.status, now_seconds)
         elif last is not None:
             written[policy.uid] = last
@@ -189,5 +203,5 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         tellings=tuple(tellings),
         released=frozenset(uid for uid, release in releases.items() if release.complete),
         again_soon=again_soon,
-        memory=Memory(accounts, ledgers, written, ordered_nodes, orders.rollouts, told, powers_at),
+        memory=Memory(accounts, ledgers, written, ordered_nodes, orders.rollouts, told, tuners, powers_at),
     )

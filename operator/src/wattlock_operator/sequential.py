@@ -101,13 +101,17 @@ def is_enough(log_value: float) -> bool:
     return log_value >= LOG_ENOUGH
 
 
-def pairs_needed(pairs: int, total: float, squares: float) -> int | None:
-    """Return about how many pairs there must be in all, if they go on as so far; ``None``: beyond a million."""
+def pairs_needed(pairs: int, total: float, squares: float, chances: int = 1) -> int | None:
+    """Return about how many pairs there must be in all, if they go on as so far; ``None``: beyond a million.
+
+    ``chances``: out of how many such experiments this one may have been picked.
+    """
     if pairs <= 0:
         return None
 
     def enough(count: int) -> bool:
-        return is_enough(log_evidence(count, total * count / pairs, squares * count / pairs))
+        found = log_evidence(count, total * count / pairs, squares * count / pairs)
+        return is_enough(found - math.log(chances))
 
     return _first(pairs, enough)
 
@@ -126,17 +130,17 @@ def _first(pairs: int, enough: Callable[[int], bool]) -> int | None:
     return max(high, pairs)
 
 
-def interval_at_every_look(pairs: int, total: float, squares: float) -> tuple[float, float]:
+def interval_at_every_look(pairs: int, total: float, squares: float, chances: int = 1) -> tuple[float, float]:
     """Return the mean effects that the evidence has not ruled out, in log units: a 95 % confidence sequence.
 
     An effect of t in every pair is ruled out where d - t has evidence enough against zero. The interval holds the
     truth at all looks at once with 95 % probability, so also at the look at which somebody decides to stop. Infinite
-    while there is too little data.
+    while there is too little data. ``chances``: out of how many such experiments this one may have been picked.
     """
 
     def ruled_out(effect: float) -> bool:
         moved = squares - 2 * effect * total + pairs * effect**2
-        return is_enough(log_evidence(pairs, total - pairs * effect, max(0.0, moved)))
+        return is_enough(log_evidence(pairs, total - pairs * effect, max(0.0, moved)) - math.log(chances))
 
     if pairs <= 0:
         return -math.inf, math.inf

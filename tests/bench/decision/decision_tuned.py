@@ -18,7 +18,7 @@ from decision_world import (
 )
 from wattlock_agent.clock import Clock
 from wattlock_agent.experiment import END_MARGIN_SECONDS, SCRAPE_SECONDS, SETTLE_SECONDS, Sample, Switchback
-from wattlock_agent.guardrail import GuardrailState, is_tripped, throughput_pair
+from wattlock_agent.guardrail import GuardrailState, is_tripped, judge_pair
 from wattlock_api.energypolicy import Guardrail
 from wattlock_api.schedule import Arm, Experiment, arm_of
 from wattlock_operator.ledger import Tally, tallies_of
@@ -30,7 +30,9 @@ CONTROL_SHARE = 0.5
 BEGIN_EPOCH = 1_800_000_000 // EPOCH_SECONDS
 #: A search that is not over after so long is given up, and told.
 MOST_HOURS = 48.0
-GUARDRAIL = Guardrail(max_throughput_loss_percent=MAX_LOSS_PERCENT)
+GUARDRAIL = Guardrail(
+    max_throughput_loss_percent=MAX_LOSS_PERCENT, max_inter_token_latency_increase_percent=MAX_LATENCY_PERCENT
+)
 GOAL = Goal(max_throughput_loss_percent=MAX_LOSS_PERCENT, max_latency_increase_percent=MAX_LATENCY_PERCENT)
 _FIRST, _LAST = SETTLE_SECONDS, EPOCH_SECONDS - END_MARGIN_SECONDS
 _OFFSETS_SECONDS = np.array([_FIRST, *np.arange(_FIRST + SCRAPE_SECONDS, _LAST - 1, SCRAPE_SECONDS), _LAST])
@@ -124,13 +126,13 @@ def tune(cell: Cell, seed: int, goal: Goal = GOAL) -> Tuned:
             is_capped = wants_cap and not tripped
             each.switchback.note(Clock(start, start), True)
             # Pairs are complete some seconds into the epoch after them.
-            ratios = each.switchback.note(Clock(start + 5, start + 5), not tripped)
+            pairs = each.switchback.note(Clock(start + 5, start + 5), not tripped)
             watts, seconds, _ = slow if is_capped else free
             each.run(epoch, log_batch[row], watts[row], seconds[row], float(errors[row]))
             each.switchback.note(Clock(start + EPOCH_SECONDS - 0.1, start + EPOCH_SECONDS - 0.1), not tripped)
-            for ratio in ratios:
+            for pair in pairs:
                 before = each.guardrail.trips
-                each.guardrail = throughput_pair(each.guardrail, GUARDRAIL, start + EPOCH_SECONDS, ratio)
+                each.guardrail = judge_pair(each.guardrail, GUARDRAIL, start + EPOCH_SECONDS, pair)
                 trips += each.guardrail.trips - before
             if is_capped and cap_mhz is not None:
                 capped_epochs += 1
