@@ -87,10 +87,16 @@ def _saved(findings: Sequence[Finding]) -> str | None:
     return best.savings.verdict.value
 
 
+def _asked_mhz(pool: PoolStatus) -> int | None:
+    """Return the cap asked for: the tuner's own word, so that it and the arm beside it belong together."""
+    tuning = pool.tuning
+    return tuning.cap_mhz if tuning is not None and tuning.phase in ("Searching", "Settled") else pool.requested_mhz
+
+
 def summary(policy: PolicyView, pools: Sequence[PoolStatus], findings: Sequence[Finding]) -> Summary:
     """Return the policy in a line."""
     decode = [pool for pool in pools if pool.role is Role.DECODE]
-    asked = [pool.requested_mhz for pool in decode if pool.requested_mhz is not None]
+    asked = [mhz for pool in decode if (mhz := _asked_mhz(pool)) is not None]
     if not asked and policy.spec is not None and policy.spec.mode is Mode.ENFORCE:
         fixed = [pool.clock.max_sm_clock_mhz for pool in policy.spec.pools if pool.clock is not None]
         asked = [mhz for mhz in fixed if mhz is not None]

@@ -68,7 +68,15 @@ class _Instance:
     def __init__(self, name: str, board: float) -> None:
         self.name, self.board = name, board
         self.switchback, self.guardrail = Switchback(), GuardrailState()
+        self._cap_mhz: int | None = None
         self.joules, self.tokens, self.latency_sum = 1e6, 1e6, 1e6
+
+    def follow(self, experiment: Experiment, cap_mhz: int | None) -> None:
+        """Take an order as the agent does: another cap is judged by pairs of its own."""
+        if cap_mhz not in (None, self._cap_mhz):
+            self.guardrail = GuardrailState(trips=self.guardrail.trips)
+        self._cap_mhz = cap_mhz
+        self.switchback.configure(None if cap_mhz is None else experiment, self.name, cap_mhz)
 
     def run(self, epoch: int, log_batch: np.ndarray, watts: np.ndarray, seconds: np.ndarray, error: float) -> None:
         """Feed the scrapes of an epoch."""
@@ -120,7 +128,7 @@ def tune(cell: Cell, seed: int, goal: Goal = GOAL) -> Tuned:
         free, slow = work.under(None, cell.limit_watts), work.under(cap_mhz, cell.limit_watts)
         errors = chance.standard_t(4, INSTANCES) / np.sqrt(2) * SENSOR
         for row, each in enumerate(instances):
-            each.switchback.configure(None if cap_mhz is None else experiment, each.name, cap_mhz)
+            each.follow(experiment, cap_mhz)
             tripped = is_tripped(each.guardrail, start)
             wants_cap = cap_mhz is not None and arm_of(experiment, each.name, epoch) is Arm.CAP
             is_capped = wants_cap and not tripped

@@ -39,8 +39,9 @@ SCREEN_PAIRS = 72
 #: It must be possible to decide an arm with so many pairs.
 MOST_PAIRS = 1000
 #: How many standard errors the truth may be better than what was measured, where an arm is given up as hopeless: many
-#: while there are few pairs, since everything below such an arm is given up with it.
+#: as long as it is only screened, since everything below such an arm is given up with it.
 OPTIMISM_EARLY, OPTIMISM = 2.5, 1.5
+LATE_PAIRS = 108
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def judged(trial: Trial, goal: Goal) -> Trial:
         return trial
     if goal.most_log_latency is not None and sums.latency_pairs == 0:
         return replace(trial, outcome=Outcome.NOT_SHOWN, note="no inter-token latency was measured")
-    optimism = OPTIMISM if sums.pairs >= SCREEN_PAIRS else OPTIMISM_EARLY
+    optimism = OPTIMISM if sums.pairs >= LATE_PAIRS else OPTIMISM_EARLY
     if sums.pairs >= MOST_PAIRS or not can_be_fast_enough(goal, sums, MOST_PAIRS, optimism):
         return replace(trial, outcome=Outcome.NOT_SHOWN, note="too close to a bound, or beyond it")
     if not can_pay(goal, sums, MOST_PAIRS, optimism):

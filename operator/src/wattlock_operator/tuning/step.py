@@ -2,7 +2,7 @@
 
 | phase | goes to | when |
 | --- | --- | --- |
-| Starting | Searching | tokens, latency and supported clocks are known, and the released pool was seen for a minute |
+| Starting | Searching | tokens, latency and supported clocks are known, and the released pool was seen for half a minute |
 | Searching | Settled | the best arm is shown to keep the bounds and to pay |
 | Searching | Released | no arm is |
 | Searching | Starting | the work changed under it |
@@ -18,8 +18,8 @@ from wattlock_operator.tuning.evidence import breach, costs_energy, grown
 from wattlock_operator.tuning.model import NO_PAIRS, Goal, Observation, Outcome, Phase, Trial, Tuning
 from wattlock_operator.tuning.regime import follow, is_other_kind, moved
 
-#: The released pool is looked at for so long before the first cap.
-START_SECONDS = 60.0
+#: The released pool is looked at for so long before the first cap: reports are means over 20 s.
+START_SECONDS = 30.0
 #: For so long the tuner waits for the clock of the released GPUs; then it begins at the highest there is.
 CLOCK_SECONDS = 180.0
 #: The work must be another one for so long before anything is done about it.
@@ -53,13 +53,13 @@ def step(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
 
 
 def too_many_tripped(seen: Observation) -> bool:
-    """Return whether the guardrail speaks against the cap: it released a third of the instances, and two of several.
+    """Return whether the guardrail speaks against the cap: it released half of the instances, and two of several.
 
     Each agent judges its instance at 95 % again and again, so now and then one is released by chance.
     """
     if seen.instances <= 1:
         return seen.tripped >= 1
-    return seen.tripped >= max(2, math.ceil(seen.instances / 3))
+    return seen.tripped >= max(2, math.ceil(seen.instances / 2))
 
 
 def _counted(state: Tuning, seen: Observation) -> Tuning:
