@@ -231,7 +231,7 @@ def test_a_pool_in_which_nothing_pays_is_left_alone():
 def test_a_search_is_progress():
     site = Site()
     site.look()
-    site.look()
+    site.look(10)  # the agents have acted on the first orders, and no cap is tried yet
 
     def progressing():
         found = next(each for each in site.status.conditions if each.type == ConditionType.PROGRESSING)

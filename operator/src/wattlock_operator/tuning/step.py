@@ -2,7 +2,7 @@
 
 | phase | goes to | when |
 | --- | --- | --- |
-| Starting | Searching | tokens, latency and supported clocks are known, and the released pool was seen for half a minute |
+| Starting | Searching | tokens, latency and supported clocks are known for half a minute |
 | Searching | Settled | the best arm is shown to keep the bounds and to pay |
 | Searching | Released | no arm is |
 | Searching | Starting | the work changed under it |
