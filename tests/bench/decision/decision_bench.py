@@ -91,11 +91,11 @@ def print_rows(rows: list[Row]) -> None:
     """Print the table: of the tuned pools the one that saves least."""
     print("Energy saved for each token against the default governor, and change of throughput, in percent")
     print(
-        f"  {'':<38} {'best power cap':^16} {'1590 MHz':^11} {'profile':^11} {'tuned, worst of the pools':^40}"
+        f"  {'':<41} {'best power cap':^16} {'1590 MHz':^11} {'profile':^11} {'tuned, worst of the pools':^40}"
         f" {'oracle':^17} {'breach':>9} {'hours':>5}"
     )
     print(
-        f"  {'cell':<38} {'W':>4} {'saves':>5} {'tput':>5} {'saves':>5} {'tput':>5} {'saves':>5} {'tput':>5} {'MHz':>5}"
+        f"  {'cell':<41} {'W':>4} {'saves':>5} {'tput':>5} {'saves':>5} {'tput':>5} {'saves':>5} {'tput':>5} {'MHz':>5}"
         f" {'saves':>5} {'tput':>5} {'worst ITL':>9} {'cap=tput':>8} {'share':>6} {'MHz':>4} {'saves':>5} {'tput':>5}"
         f" {'epochs':>9} {'most':>5}"
     )
@@ -105,7 +105,7 @@ def print_rows(rows: list[Row]) -> None:
         share = f"{100 * row.share(worst):5.1f}%" if found.exists else "  none"
         breach = max(row.runs, key=lambda run: run.tuned.breach_epochs).tuned
         print(
-            f"  {row.cell.name:<38} {found.power_watts:>4} {_percents(found.power)} {_percents(found.published)}"
+            f"  {row.cell.name:<41} {found.power_watts:>4} {_percents(found.power)} {_percents(found.published)}"
             f" {_percents(found.profile)} {mhz:>5} {_percents(worst.effect)} {worst.effect.worst_latency:+9.1f}"
             f" {found.power_at(worst.effect.throughput):8.1f} {share} {found.oracle_mhz:>4} {_percents(found.oracle)}"
             f" {breach.breach_epochs:>4}/{breach.capped_epochs:<4} {max(run.tuned.hours for run in row.runs):5.1f}"
@@ -133,7 +133,9 @@ def print_summary(rows: list[Row]) -> None:
     print(f"                                     least {min(ahead):.1f}, median {statistics.median(ahead):.1f}")
     alone = sum(run.tuned.cap_mhz is None for run in left)
     print(f"  where nothing is to be saved       left alone {alone} of {len(left)}")
-    print(f"  capped epochs beyond the bounds    {breach} of {capped} ({breach / capped:.1%}), all during the search")
+    lost = sum(run.tuned.breach_loss for run in runs) / max(1, breach)
+    print(f"  capped epochs beyond the bounds    {breach} of {capped} ({breach / capped:.1%}), all during the search,")
+    print(f"                                     which lost {lost:.1f} % of throughput on average")
     arms = max(run.tuned.arms for run in runs)
     print(f"  hours to converge                  median {statistics.median(hours):.1f}, most {hours[-1]:.1f}")
     print(f"  arms of a search                   at most {arms}")

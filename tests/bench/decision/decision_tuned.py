@@ -56,6 +56,8 @@ class Tuned:
     arms: int
     breach_epochs: int
     """Epochs of an instance under a cap that is truly beyond the guardrail."""
+    breach_loss: float
+    """What those epochs truly lost of their throughput, summed, in percent."""
     capped_epochs: int
     trips: int
     """Releases by the guardrail of the agents."""
@@ -115,8 +117,9 @@ def tune(cell: Cell, seed: int, goal: Goal = GOAL) -> Tuned:
     instances = [_Instance(f"llm/decode-{index}", board) for index, board in enumerate(BOARDS)]
     boards = np.array(BOARDS)[:, None].repeat(PARTS, axis=1)
     load, state, truth = Load(cell.regime, chance), Tuning(), Levers(cell)
-    within: dict[int, bool] = {}
+    effects: dict[int, Effect] = {}
     trips = breach = capped_epochs = 0
+    breach_loss = 0.0
     clocks = supported_clocks_mhz(cell.product)
     epoch = BEGIN_EPOCH
     while (
@@ -144,9 +147,11 @@ def tune(cell: Cell, seed: int, goal: Goal = GOAL) -> Tuned:
                 trips += each.guardrail.trips - before
             if is_capped and cap_mhz is not None:
                 capped_epochs += 1
-                if cap_mhz not in within:
-                    within[cap_mhz] = truth.effect(cap_mhz).within
-                breach += not within[cap_mhz]
+                if cap_mhz not in effects:
+                    effects[cap_mhz] = truth.effect(cap_mhz)
+                if not effects[cap_mhz].within:
+                    breach += 1
+                    breach_loss -= effects[cap_mhz].throughput
         epoch += 1
         now = float(epoch * EPOCH_SECONDS)
         batch = float(np.exp(log_batch).mean())
@@ -171,6 +176,7 @@ def tune(cell: Cell, seed: int, goal: Goal = GOAL) -> Tuned:
         converged=state.phase in (Phase.SETTLED, Phase.RELEASED),
         arms=len(state.trials),
         breach_epochs=breach,
+        breach_loss=breach_loss,
         capped_epochs=capped_epochs,
         trips=trips,
         final=replace(state, regime=None),
