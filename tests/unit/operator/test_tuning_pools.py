@@ -45,6 +45,7 @@ class Site:
 
     effects: object = memory_bound
     tune: dict = field(default_factory=dict)
+    rollout: dict | None = None
     mode: str = "Enforce"
     driver: str = "580.159"
     template: str = "v1"
@@ -99,7 +100,7 @@ class Site:
         ranges = [ClockRange(min_mhz=345, max_mhz=1980, step_mhz=15)]
         agent = AgentStatus(driver_version=self.driver, products=[ProductClocks(product="NVIDIA H200", ranges=ranges)])
         told = found.status.model_copy(update={"agent": agent, "reported_at": timestamp(self.now - 2)})
-        spec = {"mode": self.mode, "pools": pools(self.tune)}
+        spec = {"mode": self.mode, "pools": pools(self.tune), "rollout": self.rollout}
         pods = [pod(name, DECODE | {"pod-template-hash": self.template}) for name in PODS]
         return world(
             [policy(spec=spec, status=self.status)],
@@ -260,6 +261,14 @@ def test_in_mode_observe_nothing_is_tried_and_nothing_is_forgotten():
     site.mode = "Enforce"
     site.look()
     assert set(site.asked.values()) == {found.cap_mhz}
+
+
+def test_all_instances_have_the_arm_at_once_also_where_changes_are_rolled_out():
+    site = Site(rollout={"steps": [1, "100%"], "holdSeconds": 600})
+    while site.caps[-1:] != [1575]:
+        site.look()
+    assert set(site.asked.values()) == {1575}
+    assert site.search().phase == "Settled"
 
 
 def test_another_goal_begins_anew():
