@@ -98,6 +98,7 @@ def test_to_be_admitted_a_cap_must_keep_both_bounds_and_pay():
     assert not is_admitted(goal, tally(200, -0.2, -0.03, latency=0.0))
     assert not is_admitted(goal, tally(200, -0.005, 0.0))
     assert not is_admitted(goal, tally(200, 0.1, 0.0))
+    assert not is_admitted(Goal(min_saving_percent=0), tally(200, -0.0005, 0.0))  # it may be none
     assert is_admitted(Goal(max_latency_increase_percent=None), tally(200, -0.2, -0.002, latency=0.5))
     assert not is_admitted(goal, Tally(200, tally(200, -0.2, 0).energy, tally(200, 0, 0).throughput))
 

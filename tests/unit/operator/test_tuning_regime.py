@@ -134,6 +134,11 @@ def test_a_choice_that_turns_out_too_slow_is_given_up_and_the_search_goes_on_abo
     assert settled.state.trial(chosen).outcome is Outcome.BREACH
     assert settled.state.cap_mhz is None or settled.state.cap_mhz > chosen
     assert settled.search().current_mhz > chosen
+    for _ in range(3):
+        assert settled.look().phase is Phase.SETTLED
+    assert settled.state.searches == 2
+    # The new choice is judged by pairs of its own.
+    assert settled.state.held.pairs == 32 * (settled.now_seconds - settled.state.since_seconds) / 120
 
 
 def test_the_guardrail_ends_a_choice_at_once(settled):

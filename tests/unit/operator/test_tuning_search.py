@@ -54,6 +54,12 @@ def test_it_begins_below_the_clock_that_the_released_gpus_reach():
     assert not any(trial.cap_mhz >= 1335 for trial in pool.search().trials)
 
 
+def test_caps_that_the_gpus_do_not_reach_are_not_tried():
+    state = PoolUnderTest(released_mhz=1335, goal=Goal(min_mhz=1400)).search()
+    assert (state.phase, state.trials) == (Phase.RELEASED, ())
+    assert "no supported clock" in state.note
+
+
 def test_it_goes_down_in_big_steps_first_and_then_refines():
     state = PoolUnderTest().search()
     caps = [trial.cap_mhz for trial in state.trials]

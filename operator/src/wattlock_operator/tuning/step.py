@@ -123,7 +123,6 @@ def _start(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
         trials=(),
         confirming=False,
         top_mhz=top,
-        held=NO_PAIRS,
         note="",
     )
     return _advance(replace(begun, current_mhz=None), goal, seen, start_mhz=_start_mhz(state, top))
@@ -242,7 +241,6 @@ def _hold(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
         trials=trials,
         current_mhz=None,
         confirming=False,
-        held=NO_PAIRS,
         note=note,
     )
     return again if tripped else _advance(again, goal, seen)
