@@ -73,7 +73,7 @@ bench-estimator: setup ## Judge the estimator by simulated truth: coverage, fals
 	.venv/bin/python tests/bench/estimator/estimator_bench.py
 
 .PHONY: bench-decision
-bench-decision: setup ## Judge the tuner's choice by simulated truth, beside power caps, fixed clocks and the oracle (3 minutes), and plot
+bench-decision: setup ## Judge the tuner's choice by simulated truth, beside power caps, fixed clocks and the oracle (2 minutes), and plot
 	.venv/bin/python tests/bench/decision/decision_bench.py
 
 .PHONY: generate
