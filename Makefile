@@ -85,6 +85,10 @@ bench: setup ## Print reaction times, the agent's cost and API requests, measure
 bench-estimator: setup ## Judge the estimator by simulated truth: coverage, false verdicts, half-widths (5 minutes), and plot
 	.venv/bin/python tests/bench/estimator/estimator_bench.py
 
+.PHONY: bench-decision
+bench-decision: setup ## Judge the tuner's choice by simulated truth, beside power caps, fixed clocks and the oracle (2 minutes), and plot
+	.venv/bin/python tests/bench/decision/decision_bench.py
+
 .PHONY: generate
 generate: setup ## Write what is generated: CRDs, the chart's copies and tables, the table of metrics, protobuf code
 	.venv/bin/python -m wattlock_api.generate crds

@@ -10,7 +10,8 @@ pytestmark = [pytest.mark.cluster]
 DECODE = ("spec", "pools", 0)
 TOO_MANY_POOLS = [{"name": f"p{i}", "role": "Prefill", "selector": {"matchLabels": {"a": "b"}}} for i in range(17)]
 CLOCK_CHOICE = (
-    "write exactly one of maxSMClockMHz (a number, e.g. 1590) or profile (the name of a ClockProfile, e.g. published)"
+    "write exactly one of maxSMClockMHz (a number, e.g. 1590), profile (the name of a ClockProfile, e.g. published) or "
+    "tune (an object, e.g. {}: the clock is found by experiment)"
 )
 
 #: case: (path of the change, new value or DELETE, sentence in kubectl's answer)
@@ -35,8 +36,12 @@ CASES: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
         'Unsupported value: "Is": supported values: "In", "NotIn", "Exists", "DoesNotExist"',
     ),
     "two clock choices": ((*DECODE, "clock"), {"maxSMClockMHz": 1590, "profile": "published"}, CLOCK_CHOICE),
+    "a clock and a tuner": ((*DECODE, "clock"), {"maxSMClockMHz": 1590, "tune": {}}, CLOCK_CHOICE),
+    "a tuner with its bounds crossed": ((*DECODE, "clock"), {"tune": {"minMHz": 1500, "maxMHz": 900}}, "minMHz must not be above maxMHz"),
+    "a tuner for an unknown end": ((*DECODE, "clock"), {"tune": {"objective": "Speed"}}, 'supported values: "EnergyPerToken", "EnergyDelayProduct"'),
+    "a tuner on Prefill": (("spec", "pools", 1, "clock"), {"tune": {}}, "only a Decode pool may have a clock"),
     "empty clock": ((*DECODE, "clock"), {}, CLOCK_CHOICE),
-    "no clock on Decode": ((*DECODE, "clock"), DELETE, "a Decode pool needs a clock: write clock: {maxSMClockMHz: 1590} or clock: {profile: published}"),
+    "no clock on Decode": ((*DECODE, "clock"), DELETE, "a Decode pool needs a clock: write clock: {maxSMClockMHz: 1590}, clock: {profile: published} or clock: {tune: {}}"),
     "clock on Prefill": (("spec", "pools", 1, "clock"), {"maxSMClockMHz": 1590}, "only a Decode pool may have a clock: Prefill and Mixed pools are measured and left alone, remove clock"),
     "negative MHz": ((*DECODE, "clock", "maxSMClockMHz"), -1590, "spec.pools[0].clock.maxSMClockMHz in body should be greater than or equal to 100"),
     "hertz instead of megahertz": ((*DECODE, "clock", "maxSMClockMHz"), 1590000000, "should be less than or equal to 5000"),
@@ -111,6 +116,17 @@ def test_a_short_policy_gets_the_documented_defaults(kubectl, namespace, good_po
     assert spec["verification"] == {"method": "Switchback", "controlShare": 0.1, "epochSeconds": 60}
     assert spec["guardrail"] == {"maxThroughputLossPercent": 2, "cooldownSeconds": 600}
     assert spec["placement"]["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+
+
+def test_a_tuner_needs_the_released_epochs(kubectl, crds, namespace, good_policy):
+    tuned = changed(good_policy, (*DECODE, "clock"), {"tune": {}})
+    refused = kubectl.apply(changed(tuned, ("spec", "verification"), {"method": "None"}), check=False)
+    assert refused.returncode != 0
+    assert "clock.tune finds the clock by the released epochs: write verification: {method: Switch" in refused.stderr
+    here = kubectl.within(namespace)
+    here.apply(tuned)
+    tune = here.get("epol", "qwen")["spec"]["pools"][0]["clock"]["tune"]
+    assert tune == {"objective": "EnergyPerToken", "minSavingPercent": 1}
 
 
 def test_explain_reads_like_documentation(kubectl, crds):

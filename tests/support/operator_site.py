@@ -281,6 +281,10 @@ class FakeAgent:
         self.site, self.node = site, node
         self.obeys = True
         self.extra: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}
+        """What it tells of itself."""
+        self.measures: Callable[[dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]] = lambda order: ({}, {})
+        """From an order to what is reported beside the rest of its GPU and of its instance."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -322,10 +326,11 @@ class FakeAgent:
                 "instance": order["instance"],
                 "powerWatts": 300,
             }
-            gpus.append(gpu | ({"requestedMHz": order["capMHz"]} if locked else {}))
+            of_gpu, of_instance = self.measures(order)
+            gpus.append(gpu | ({"requestedMHz": order["capMHz"]} if locked else {}) | of_gpu)
             key = f"{order['policy']['uid']}/{order['instance']}"
             base = {"key": key, "policyUid": order["policy"]["uid"], "pool": order["pool"]}
-            instances.append(base | {"instance": order["instance"]} | self.extra)
+            instances.append(base | {"instance": order["instance"]} | self.extra | of_instance)
         self._write(body, gpus, instances, "Running")
 
     def stops(self) -> None:
@@ -340,6 +345,7 @@ class FakeAgent:
             "observedGeneration": body["metadata"]["generation"],
             "reportedAt": timestamp(time.time()),
             "phase": phase,
+            "agent": self.about,
             "gpus": gpus,
             "instances": instances,
             "locked": sum(gpu["state"] == "Locked" for gpu in gpus),

@@ -103,6 +103,8 @@ class Reason(StrEnum):
     ROLLOUT_PENDING = "RolloutPending"
     ROLLED_BACK = "RolledBack"
     OTHER_CONTROLLER = "OtherController"
+    TUNING = "Tuning"
+    NO_CLOCK_PAYS = "NoClockPays"
     NO_MATCHING_PODS = "NoMatchingPods"
     NO_GPUS = "NoGPUs"
     NO_AGENT = "NoAgent"

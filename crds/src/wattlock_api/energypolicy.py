@@ -20,6 +20,36 @@ from wattlock_api.constants import Architecture, ConflictPolicy, Mode, Role
 RUNTIME_CLASS = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 
 
+class Tune(ApiModel):
+    """Finds the cap by experiment: one cap after the other against released, from high to low.
+
+    Kept is the one with the best objective that is shown, at 95 % confidence over the whole search, to stay within
+    the guardrail: maxThroughputLossPercent, and maxInterTokenLatencyIncreasePercent (3 where the guardrail has none).
+    Where nothing pays, the pool is left released. Another kind of work begins the search anew.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-validations": [
+                cel(
+                    "!has(self.minMHz) || !has(self.maxMHz) || self.minMHz <= self.maxMHz",
+                    "minMHz must not be above maxMHz",
+                )
+            ]
+        }
+    )
+
+    objective: Literal["EnergyPerToken", "EnergyDelayProduct"] = "EnergyPerToken"
+    """What is made as small as the guardrail allows. EnergyDelayProduct: energy for each token times inter-token
+    latency, which gives up a saving that costs as much speed."""
+    min_saving_percent: Annotated[float, Field(ge=0, le=50)] = 1.0
+    """A cap that saves less energy for each token is not worth it, in percent."""
+    min_mhz: Annotated[int, Field(ge=100, le=5000)] | None = None
+    """No cap below this is tried. Absent: the lowest that the GPUs support."""
+    max_mhz: Annotated[int, Field(ge=100, le=5000)] | None = None
+    """No cap above this is tried. Absent: the clock that the released GPUs run at."""
+
+
 class Clock(ApiModel):
     """How far the SM clock of a Decode pool is capped: write exactly one of the choices.
 
@@ -31,9 +61,9 @@ class Clock(ApiModel):
         json_schema_extra={
             "x-kubernetes-validations": [
                 cel(
-                    "has(self.maxSMClockMHz) != has(self.profile)",
-                    "write exactly one of maxSMClockMHz (a number, e.g. 1590) or profile (the name of a ClockProfile, "
-                    "e.g. published)",
+                    "[has(self.maxSMClockMHz), has(self.profile), has(self.tune)].filter(x, x).size() == 1",
+                    "write exactly one of maxSMClockMHz (a number, e.g. 1590), profile (the name of a ClockProfile, "
+                    "e.g. published) or tune (an object, e.g. {}: the clock is found by experiment)",
                 )
             ]
         }
@@ -47,6 +77,7 @@ class Clock(ApiModel):
     """Name of a ClockProfile: the cap is the one of its row for the pool's GPU product,
     architecture and phase. No row, no lock (reason NoProfileRow). "published" is installed with
     Wattlock and holds what published measurements support."""
+    tune: Tune | None = None
 
 
 class MetricsEndpoint(ApiModel):
@@ -72,7 +103,8 @@ class Pool(ApiModel):
             "x-kubernetes-validations": [
                 cel(
                     "self.role != 'Decode' || has(self.clock)",
-                    "a Decode pool needs a clock: write clock: {maxSMClockMHz: 1590} or clock: {profile: published}",
+                    "a Decode pool needs a clock: write clock: {maxSMClockMHz: 1590}, clock: {profile: published} or "
+                    "clock: {tune: {}}",
                 ),
                 cel(
                     "self.role == 'Decode' || !has(self.clock)",
@@ -281,7 +313,11 @@ class EnergyPolicySpec(ApiModel):
                     "!self.pools.exists(p, p.role == 'Decode') || self.pools.exists(p, p.role == 'Prefill')",
                     "a Decode pool needs a Prefill pool beside it: a decode label does not prove that prompts are "
                     "computed elsewhere. Add a pool with role: Prefill, or set requirePrefillPeer: false",
-                )
+                ),
+                cel(
+                    "self.verification.method != 'None' || !self.pools.exists(p, has(p.clock) && has(p.clock.tune))",
+                    "clock.tune finds the clock by the released epochs: write verification: {method: Switchback}",
+                ),
             ]
         }
     )

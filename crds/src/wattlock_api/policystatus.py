@@ -15,6 +15,7 @@ from wattlock_api.base import (
 )
 from wattlock_api.constants import PowerCapVerdict, Role, RolloutPhase, RooflineVerdict, SavingsVerdict
 from wattlock_api.pairs import PairStats
+from wattlock_api.tuningstatus import TuningStatus
 
 
 class Limiters(ApiModel):
@@ -237,6 +238,7 @@ class PoolStatus(ApiModel):
     roofline: Roofline | None = None
     savings: Savings | None = None
     rollout: RolloutStatus | None = None
+    tuning: TuningStatus | None = None
     reasons: Annotated[
         list[PoolReason],
         Field(
@@ -257,7 +259,7 @@ class Summary(ApiModel):
     locked: int = 0
     """GPUs that are locked at this moment. Moves with the control epochs."""
     clock: Annotated[str, Field(max_length=64)] | None = None
-    """Caps asked for, e.g. 1590MHz."""
+    """Caps asked for, e.g. 1590MHz; while a tuner searches with the arm that it is at, e.g. 1200MHz(4/9)."""
     power: Annotated[str, Field(max_length=32)] | None = None
     """Power of all GPUs, e.g. 5120W. Absent unless the power of all of them is known."""
     saved: Annotated[str, Field(max_length=64)] | None = None

@@ -1,4 +1,4 @@
-"""The cap of a pod: a fixed number, or the row of a ClockProfile."""
+"""The cap of a pod: a fixed number, the row of a ClockProfile, or what the tuner of its pool wants."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ class Cap:
     """An upper bound of the SM clock."""
 
     mhz: int
+    control_share: float | None = None
+    """Share of released epochs; ``None``: the policy's own."""
 
 
 def hold(reason: Reason, message: str) -> Hold:
@@ -43,12 +45,20 @@ def find_row(profile: ClockProfileSpec, product: str, architecture: Architecture
     return next(iter(exact + general), None)
 
 
-def cap_for(pool: Pool, products: frozenset[str], profiles: Mapping[str, ClockProfileSpec]) -> Cap | Hold:
-    """Return the cap that a Decode pool asks of a pod with GPUs of these products, or why there is none."""
+def cap_for(
+    pool: Pool, products: frozenset[str], profiles: Mapping[str, ClockProfileSpec], tuned: Cap | Hold | None = None
+) -> Cap | Hold:
+    """Return the cap that a Decode pool asks of a pod with GPUs of these products, or why there is none.
+
+    ``tuned``: what the pool's tuner wants; ``None`` where it does not work.
+    """
     if pool.clock is None:
         return hold(Reason.NO_PROFILE_ROW, f"pool {pool.name} has no clock: write clock.maxSMClockMHz or clock.profile")
     if pool.clock.max_sm_clock_mhz is not None:
         return Cap(pool.clock.max_sm_clock_mhz)
+    if pool.clock.tune is not None:
+        text = "the tuner works in mode Enforce alone: it finds the clock by experiments on the GPUs"
+        return hold(Reason.TUNING, text) if tuned is None else tuned
     name = pool.clock.profile or ""
     profile = profiles.get(name)
     if profile is None:
@@ -71,7 +81,8 @@ def cap_for(pool: Pool, products: frozenset[str], profiles: Mapping[str, ClockPr
         kind = f"{product} with architecture {pool.architecture}" if pool.architecture else product
         return hold(
             Reason.NO_PROFILE_ROW,
-            f"ClockProfile {name} has no row for {kind}, and a cap is never guessed: measure one and write it as "
-            f"clock.maxSMClockMHz in pool {pool.name}, or as a row of a ClockProfile of your own",
+            f"ClockProfile {name} has no row for {kind}, and a cap is never guessed: let it be found by "
+            f"clock.tune in pool {pool.name}, or measure one and write it as clock.maxSMClockMHz, or as a row of a "
+            "ClockProfile of your own",
         )
     return Cap(row.max_sm_clock_mhz)

@@ -91,6 +91,8 @@ _NOT_READY = (
 
 #: GPUs whose clock somebody else is seen to set, the gravest first.
 OTHERS_WRITE = (Reason.OTHER_WRITER, Reason.FOREIGN_LOCK, Reason.CONTESTED)
+#: Phases of a tuner that come to an end by themselves.
+_SEARCHING = ("Starting", "Searching")
 
 
 def _reason_in(pools: Sequence[PoolStatus], wanted: Sequence[Reason]) -> tuple[str, str] | None:
@@ -183,6 +185,9 @@ def _progressing(facts: Facts) -> Finding:
             return Finding(kind, True, reason, text[:1024])
     if facts.lagging_nodes:
         return Finding(kind, True, "WaitingForAgents", _lagging_sentence(facts))
+    if searching := [pool.name for pool in facts.pools if pool.tuning and pool.tuning.phase in _SEARCHING]:
+        text = f"the clock of pool {', '.join(searching)} is being found: tuning in status.pools says how far it is"
+        return Finding(kind, True, Reason.TUNING.value, text[:1024])
     rolled_out = any(pool.rollout is not None and pool.rollout.steps for pool in facts.pools)
     if rolled_out and _rolling(facts, RolloutPhase.ROLLED_BACK) is None:
         return Finding(kind, False, "RolledOut", "every instance has the clock that its pool asks for")

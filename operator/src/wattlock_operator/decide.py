@@ -1,22 +1,23 @@
 """The whole decision: what the world should look like, as a pure function of what it looks like."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from wattlock_api.base import Condition
 from wattlock_api.nodeenergy import Order
 from wattlock_api.policystatus import EnergyPolicyStatus, RolloutStatus
 
 from wattlock_operator.accounting import Account
-from wattlock_operator.events import Telling, Told, tell
+from wattlock_operator.events import Telling, Told, tell, tell_tuning
 from wattlock_operator.ledger import Ledger
 from wattlock_operator.orders import Orders, give_orders
 from wattlock_operator.peerpower import peer_powers
 from wattlock_operator.placement import DaemonSets, TemplateError, plan_daemon_sets
 from wattlock_operator.release import Release, locked_uuids, release_of
 from wattlock_operator.reports import PoolKey, collect
+from wattlock_operator.selection import select
 from wattlock_operator.status import report_policy, urgent_change
+from wattlock_operator.tuning.pools import Tuner, tune_pools
 from wattlock_operator.world import NodeEnergyView, PolicyView, World
 
 #: Numbers alone are written this often.
@@ -50,6 +51,7 @@ class Memory:
     """Nodes that had orders of a policy, by its UID."""
     rollouts: Mapping[PoolKey, RolloutStatus] = field(default_factory=dict)
     told: Told = field(default_factory=Told)
+    tuners: Mapping[PoolKey, Tuner] = field(default_factory=dict)
     powers_at: Mapping[str, float] = field(default_factory=dict)
     """When the annotation about power on other nodes was last written, by node."""
 
@@ -130,7 +132,16 @@ def _told_rollouts(world: World) -> dict[PoolKey, RolloutStatus]:
 
 def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now_seconds: float) -> Decision:
     """Return what to do now. Total: bad input leads to a condition with a reason, never to an exception."""
-    orders = give_orders(world, {**_told_rollouts(world), **memory.rollouts}, now_seconds)
+    reports = collect(world, now_seconds)
+    selection = select(world.policies, world.pods)
+    tuners = tune_pools(world, selection, reports, memory.ledgers, memory.tuners, now_seconds)
+    orders = give_orders(
+        world,
+        {**_told_rollouts(world), **memory.rollouts},
+        now_seconds,
+        {key: tuner.order for key, tuner in tuners.items()},
+        selection,
+    )
     powers = peer_powers(world, orders.by_node)
     fresh = {node for node, at_seconds in memory.powers_at.items() if now_seconds - at_seconds < PEER_POWER_SECONDS}
     write, delete = _orders_to_write(world, orders, powers, fresh)
@@ -148,11 +159,10 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
             daemon_sets = plan_daemon_sets(world, template, pending)
         except TemplateError as error:
             template_problem = f"the agents cannot be rolled out: {error}. Upgrade or repair the Helm release"
-    reports = collect(world, now_seconds)
     statuses: dict[str, EnergyPolicyStatus] = {}
     accounts: dict[PoolKey, Account] = {}
     ledgers: dict[PoolKey, Ledger] = {}
-    due: list[tuple[float, PolicyView, EnergyPolicyStatus, Sequence[Condition]]] = []
+    due: list[tuple[float, PolicyView, EnergyPolicyStatus, EnergyPolicyStatus | None]] = []
     written: dict[str, Written] = {}
     again_soon = False
     for policy in world.policies:
@@ -165,6 +175,7 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
             reports,
             memory.accounts,
             memory.ledgers,
+            tuners,
             before,
             releases.get(policy.uid),
             template_problem,
@@ -179,13 +190,15 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         pause = STATES_SECONDS if urgent else NUMBERS_SECONDS
         again_soon |= urgent and since < pause
         if since >= pause and policy.status != report.status:
-            due.append((since, policy, report.status, before.conditions if before else ()))
+            due.append((since, policy, report.status, before))
         if last is not None:
             written[policy.uid] = last
     due.sort(key=lambda entry: -entry[0])
     told, tellings = memory.told, list[Telling]()
-    for _, policy, status, conditions in due[:MAX_STATUSES]:
-        more, told = tell(policy, conditions, status.conditions, told, now_seconds)
+    for _, policy, status, before in due[:MAX_STATUSES]:
+        more, told = tell(policy, before.conditions if before else (), status.conditions, told, now_seconds)
+        tellings.extend(more)
+        more, told = tell_tuning(policy, before.pools if before else (), status.pools, told, now_seconds)
         tellings.extend(more)
         written[policy.uid] = Written(status, now_seconds)
     return Decision(
@@ -199,5 +212,5 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         tellings=tuple(tellings),
         released=frozenset(uid for uid, release in releases.items() if release.complete),
         again_soon=again_soon or len(due) > MAX_STATUSES,
-        memory=Memory(accounts, ledgers, written, ordered_nodes, orders.rollouts, told, powers_at),
+        memory=Memory(accounts, ledgers, written, ordered_nodes, orders.rollouts, told, tuners, powers_at),
     )

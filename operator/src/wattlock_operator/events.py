@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from wattlock_api.base import Condition
 from wattlock_api.constants import ConditionType, Reason
+from wattlock_api.policystatus import PoolStatus
 
 from wattlock_operator.world import PolicyView
 
@@ -108,6 +109,31 @@ def _is_warning(condition: Condition) -> bool:
         return condition.reason == Reason.CAP_COSTS_ENERGY
     routine = ("WaitingForAgents", "Releasing", "Released")
     return condition.type == ConditionType.READY and condition.status == "False" and condition.reason not in routine
+
+
+def tell_tuning(
+    policy: PolicyView, before: Sequence[PoolStatus], after: Sequence[PoolStatus], told: Told, now_seconds: float
+) -> tuple[tuple[Telling, ...], Told]:
+    """Return the Events for what the tuners of pools did: a new arm, a choice, nothing that pays, a new search.
+
+    They share the bound on all Events of a policy.
+    """
+    known = {pool.name: pool.tuning for pool in before}
+    tellings = []
+    for pool in after:
+        now, last = pool.tuning, known.get(pool.name)
+        if now is None or not told.room(policy.uid, now_seconds):
+            continue
+        if last is not None and (now.phase, now.cap_mhz) == (last.phase, last.cap_mhz):
+            continue
+        if now.phase == "Starting" and last is None:
+            continue  # the policy was just written
+        reason = {"Searching": "TuningArm", "Settled": "Tuned", "Released": Reason.NO_CLOCK_PAYS.value}.get(
+            now.phase, "TuningAnew"
+        )
+        told = told.after(policy.uid, reason, now_seconds)
+        tellings.append(Telling(policy, False, reason, f"pool {pool.name}: {now.message}"[:1024]))
+    return tuple(tellings), told
 
 
 def tell(

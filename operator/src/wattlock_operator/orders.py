@@ -74,7 +74,9 @@ def metrics_url(member: Member, world: World) -> str | None:
     return f"http://{host}:{port}{endpoint.path or hint.annotated_path or '/metrics'}"
 
 
-def _verdict(member: Member, world: World, peers: frozenset[tuple[str, ...]]) -> Cap | Hold:
+def _verdict(
+    member: Member, world: World, peers: frozenset[tuple[str, ...]], tuned: Mapping[PoolKey, Cap | Hold]
+) -> Cap | Hold:
     """Return the cap of one Decode pod, or why it has none."""
     if member.rivals:
         return hold(
@@ -113,7 +115,8 @@ def _verdict(member: Member, world: World, peers: frozenset[tuple[str, ...]]) ->
             )
     node_energy = world.node_energies.get(member.pod.node)
     report = node_energy.status if node_energy else None
-    return cap_for(member.pool, products_of(report, member.pod.uid), world.profiles)
+    wanted = tuned.get((member.policy.uid, member.pool.name))
+    return cap_for(member.pool, products_of(report, member.pod.uid), world.profiles, wanted)
 
 
 def _agree(verdicts: Sequence[Cap | Hold]) -> Cap | Hold:
@@ -121,14 +124,14 @@ def _agree(verdicts: Sequence[Cap | Hold]) -> Cap | Hold:
     holds = [verdict for verdict in verdicts if isinstance(verdict, Hold)]
     if holds:
         return holds[0]
-    caps = sorted({verdict.mhz for verdict in verdicts if isinstance(verdict, Cap)})
-    if len(caps) > 1:
+    found = [verdict for verdict in verdicts if isinstance(verdict, Cap)]
+    if len(caps := sorted({verdict.mhz for verdict in found})) > 1:
         return hold(
             Reason.PRODUCT_UNKNOWN,
             f"the pods of this instance run on different GPU products, whose caps differ ({caps} MHz): write one "
             "clock.maxSMClockMHz for the pool",
         )
-    return Cap(caps[0])
+    return found[0]
 
 
 @dataclass(frozen=True)
@@ -191,11 +194,11 @@ def _order(member: Member, verdict: Cap | Hold | None, instance: _Instance, worl
     # In Observe mode the cap is left out on purpose: an agent that misread the mode would still write nothing.
     cap = verdict.mhz if isinstance(verdict, Cap) and spec.mode is Mode.ENFORCE else None
     experiment = None
-    if cap is not None and spec.verification.method == "Switchback":
+    if cap is not None and isinstance(verdict, Cap) and spec.verification.method == "Switchback":
         experiment = OrderExperiment(
             seed=policy.uid,
             epoch_seconds=spec.verification.epoch_seconds,
-            control_share=spec.verification.control_share,
+            control_share=verdict.control_share or spec.verification.control_share,
         )
     return Order(
         policy=PolicyRef(namespace=policy.namespace, name=policy.name, uid=policy.uid, generation=policy.generation),
@@ -220,10 +223,23 @@ def _reference(pod: PodView) -> ObjectRef:
 
 
 def give_orders(
-    world: World, rollouts: Mapping[PoolKey, RolloutStatus] | None = None, now_seconds: float = 0.0
+    world: World,
+    rollouts: Mapping[PoolKey, RolloutStatus] | None = None,
+    now_seconds: float = 0.0,
+    tuned: Mapping[PoolKey, Cap | Hold] | None = None,
+    selection: Selection | None = None,
 ) -> Orders:
-    """Return the orders for all nodes. ``rollouts`` are the states of before; ``now_seconds`` since 1970."""
-    selection = select(world.policies, world.pods)
+    """Return the orders for all nodes.
+
+    Args:
+        world: as it is.
+        rollouts: their states of before.
+        now_seconds: since 1970.
+        tuned: what the tuners of pools want.
+        selection: who is selected, where the caller knows already.
+    """
+    tuned = tuned or {}
+    selection = selection or select(world.policies, world.pods)
     refused = refusals(world.policies, world.allowed_placements)
     by_node: dict[str, list[tuple[Member, Order]]] = defaultdict(list)
     without_gpu: dict[str, tuple[Member, ...]] = {}
@@ -239,7 +255,7 @@ def give_orders(
         verdicts: dict[str, list[Cap | Hold]] = defaultdict(list)
         for member in with_gpu:
             if member.pool.role is Role.DECODE:
-                verdicts[member.instance].append(_verdict(member, world, peers))
+                verdicts[member.instance].append(_verdict(member, world, peers, tuned))
         agreed = {instance: _agree(found) for instance, found in verdicts.items()}
         turns, states = roll_out(world, with_gpu, agreed, rollouts or {}, now_seconds)
         agreed |= turns
@@ -249,7 +265,7 @@ def give_orders(
             if isinstance(verdict, Cap) and member.spec.mode is Mode.ENFORCE:
                 verdict = _released_elsewhere(world, member, instances[member.instance].span) or verdict
             if member.rivals and verdict is None:
-                verdict = _verdict(member, world, peers)  # a Prefill pool lost the dispute or won it: say so
+                verdict = _verdict(member, world, peers, tuned)  # a Prefill pool lost the dispute or won it: say so
             by_node[member.pod.node].append((member, _order(member, verdict, instances[member.instance], world)))
     final: dict[str, tuple[Order, ...]] = {}
     for node, entries in by_node.items():

@@ -9,6 +9,7 @@ from wattlock_api.constants import GpuState, PowerCapVerdict, Reason, Role
 from wattlock_api.energypolicy import Pool
 from wattlock_api.nodeenergy import InstanceStatus, Order
 from wattlock_api.policystatus import CountedEnergy, Limiters, PoolReason, PoolStatus, PowerCap, RolloutStatus, Savings
+from wattlock_api.tuningstatus import TuningStatus
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Account, counted_capped_joules, counted_joules
 from wattlock_operator.orders import Orders, hides_behind_its_node
@@ -221,6 +222,7 @@ def pool_status(
     report: PoolReport,
     account: Account,
     savings: Savings | None,
+    tuning: TuningStatus | None,
     held: Sequence[Order],
     problems: Sequence[PodProblem],
     rollout: RolloutStatus | None = None,
@@ -278,6 +280,7 @@ def pool_status(
         roofline=find_roofline(fresh, instances),
         savings=savings,
         rollout=rollout,
+        tuning=tuning,
         reasons=_reasons(fresh, instances, problems, held, bool(members), pool),
     )
 

@@ -56,7 +56,9 @@ def roll_out(
     found: dict[PoolKey, RolloutStatus] = {}
     pools: dict[str, dict[str, list[Member]]] = defaultdict(lambda: defaultdict(list))
     for member in members:
-        if member.pool.role is Role.DECODE and member.spec.mode is Mode.ENFORCE:
+        # A tuner's caps are arms of an experiment: all instances have the same one, or it could not be judged.
+        tuned = member.pool.clock is not None and member.pool.clock.tune is not None
+        if member.pool.role is Role.DECODE and member.spec.mode is Mode.ENFORCE and not tuned:
             pools[member.pool.name][member.instance].append(member)
     for name, groups in pools.items():
         candidates = [

@@ -104,8 +104,17 @@ def _without_data(pairs: int, locked: bool, report: PoolReport) -> tuple[Savings
     )
 
 
-def find_saving(verification: Verification, mode: Mode, report: PoolReport, departed: Tallies | None = None) -> Finding:
-    """Return the verdict on a Decode pool. ``departed``: sums over the pairs of its pods that are gone."""
+def find_saving(
+    verification: Verification,
+    mode: Mode,
+    report: PoolReport,
+    departed: Tallies | None = None,
+    chances: int = 1,
+) -> Finding:
+    """Return the verdict on a Decode pool. ``departed``: sums over the pairs of its pods that are gone.
+
+    ``chances``: out of how many caps the one in force may have been picked by its saving.
+    """
     departed = departed or {}
     if verification.method == "None":
         return Finding(
@@ -130,6 +139,7 @@ def find_saving(verification: Verification, mode: Mode, report: PoolReport, depa
         [Sample(each.latency_pairs, *each.latency) for each in there], Sample(gone.latency_pairs, *gone.latency)
     )
     locked = mode is Mode.ENFORCE and any(entry.gpu.requested_mhz is not None for entry in report.gpus)
+    energy = None if energy is None else replace(energy, chances=chances)
     reason = judge(energy)
     if energy is None or reason is Reason.TOO_FEW_PAIRS:
         verdict, reason, message = _without_data(energy.effect.pairs if energy else 0, locked, report)

@@ -22,7 +22,7 @@ J. McAuliffe and J. Sekhon, "Time-uniform, nonparametric, nonasymptotic confiden
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from wattlock_operator.pooling import Sample
 
@@ -53,6 +53,40 @@ def log_evidence(pairs: int, total: float, squares: float) -> float:
     return highest + math.log(sum(math.exp(each - highest) for each in logs) / len(BETS))
 
 
+def log_evidence_above(pairs: int, total: float, squares: float, level: float) -> float:
+    """Return log E against "no pair has an effect above ``level``", good at every look; 0 without pairs.
+
+    The bet is on one side: the mean over b > 0 of exp(b S) / cosh(b r)^n with d - level for d. With an effect e <= 0 in
+    a pair, of which the coin decides the sign of the rest x, a factor has the mean 1 + (tanh(b (e + x)) +
+    tanh(b (e - x))) / 2, which is at most 1 since tanh is odd and rises: nobody can expect to gain, so Ville's
+    inequality holds here as well.
+    """
+    if pairs <= 0 or not (math.isfinite(total) and math.isfinite(squares) and squares >= 0):
+        return 0.0
+    moved = total - pairs * level
+    moved_squares = max(squares - 2 * level * total + pairs * level**2, moved * moved / pairs)
+    root_mean_square = math.sqrt(max(0.0, moved_squares) / pairs)
+    if not math.isfinite(root_mean_square):
+        return 0.0
+    logs = [bet * moved - pairs * _log_cosh(bet * root_mean_square) for bet in BETS]
+    highest = max(logs)
+    return highest + math.log(sum(math.exp(each - highest) for each in logs) / len(BETS))
+
+
+def pairs_needed_above(pairs: int, total: float, squares: float, level: float, log_wanted: float) -> int | None:
+    """Return about how many pairs it takes in all for that much evidence, if they go on as so far.
+
+    ``None``: beyond a million, or never.
+    """
+    if pairs <= 0 or not total > pairs * level:
+        return None
+
+    def enough(count: int) -> bool:
+        return log_evidence_above(count, total * count / pairs, squares * count / pairs, level) >= log_wanted
+
+    return _first(pairs, enough)
+
+
 def pooled(samples: Sequence[Sample]) -> tuple[int, float, float]:
     """Return pairs, sum and sum of squares over all instances: their coins are independent."""
     return (
@@ -67,14 +101,23 @@ def is_enough(log_value: float) -> bool:
     return log_value >= LOG_ENOUGH
 
 
-def pairs_needed(pairs: int, total: float, squares: float) -> int | None:
-    """Return about how many pairs there must be in all, if they go on as so far; ``None``: beyond a million."""
+def pairs_needed(pairs: int, total: float, squares: float, chances: int = 1) -> int | None:
+    """Return about how many pairs there must be in all, if they go on as so far; ``None``: beyond a million.
+
+    ``chances``: out of how many such experiments this one may have been picked.
+    """
     if pairs <= 0:
         return None
 
     def enough(count: int) -> bool:
-        return is_enough(log_evidence(count, total * count / pairs, squares * count / pairs))
+        found = log_evidence(count, total * count / pairs, squares * count / pairs)
+        return is_enough(found - math.log(chances))
 
+    return _first(pairs, enough)
+
+
+def _first(pairs: int, enough: Callable[[int], bool]) -> int | None:
+    """Return the lowest number from ``pairs`` on that is enough; ``None``: beyond a million."""
     high = pairs
     while not enough(high):
         high *= 2
@@ -87,17 +130,17 @@ def pairs_needed(pairs: int, total: float, squares: float) -> int | None:
     return max(high, pairs)
 
 
-def interval_at_every_look(pairs: int, total: float, squares: float) -> tuple[float, float]:
+def interval_at_every_look(pairs: int, total: float, squares: float, chances: int = 1) -> tuple[float, float]:
     """Return the mean effects that the evidence has not ruled out, in log units: a 95 % confidence sequence.
 
     An effect of t in every pair is ruled out where d - t has evidence enough against zero. The interval holds the
     truth at all looks at once with 95 % probability, so also at the look at which somebody decides to stop. Infinite
-    while there is too little data.
+    while there is too little data. ``chances``: out of how many such experiments this one may have been picked.
     """
 
     def ruled_out(effect: float) -> bool:
         moved = squares - 2 * effect * total + pairs * effect**2
-        return is_enough(log_evidence(pairs, total - pairs * effect, max(0.0, moved)))
+        return is_enough(log_evidence(pairs, total - pairs * effect, max(0.0, moved)) - math.log(chances))
 
     if pairs <= 0:
         return -math.inf, math.inf

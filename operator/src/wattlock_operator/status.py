@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from wattlock_api.base import parse_timestamp
 from wattlock_api.constants import Mode, Reason, Role, RolloutPhase, SavingsVerdict
+from wattlock_api.energypolicy import Pool
 from wattlock_api.pairs import PairStats
 from wattlock_api.policystatus import EnergyPolicyStatus, PoolStatus, Summary
+from wattlock_api.tuningstatus import TuningStatus
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Account, Saved, Sums, open_or_advance
 from wattlock_operator.conditions import OTHERS_WRITE, Facts, dated, find_conditions
@@ -17,6 +19,8 @@ from wattlock_operator.poolstatus import held_orders, pod_problems, pool_status
 from wattlock_operator.release import Release
 from wattlock_operator.reports import PoolKey, PoolReport, number
 from wattlock_operator.savings import Finding, find_saving, with_totals
+from wattlock_operator.tuning.evidence import MAX_TRIALS
+from wattlock_operator.tuning.pools import Tuner
 from wattlock_operator.world import PolicyView, World
 
 #: Agents that start for a new policy are given this time before their absence is a warning.
@@ -94,20 +98,28 @@ def _saved(findings: Sequence[Finding]) -> str | None:
     return best.savings.verdict.value
 
 
+def _asked_mhz(pool: PoolStatus) -> int | None:
+    """Return the cap asked for: the tuner's own word, so that it and the arm beside it belong together."""
+    tuning = pool.tuning
+    return tuning.cap_mhz if tuning is not None and tuning.phase in ("Searching", "Settled") else pool.requested_mhz
+
+
 def summary(policy: PolicyView, pools: Sequence[PoolStatus], findings: Sequence[Finding]) -> Summary:
     """Return the policy in a line."""
     decode = [pool for pool in pools if pool.role is Role.DECODE]
-    asked = [pool.requested_mhz for pool in decode if pool.requested_mhz is not None]
+    asked = [mhz for pool in decode if (mhz := _asked_mhz(pool)) is not None]
     if not asked and policy.spec is not None and policy.spec.mode is Mode.ENFORCE:
         fixed = [pool.clock.max_sm_clock_mhz for pool in policy.spec.pools if pool.clock is not None]
         asked = [mhz for mhz in fixed if mhz is not None]
+    searching = next((pool.tuning for pool in decode if pool.tuning is not None and pool.tuning.arm is not None), None)
+    arm = f"({searching.arm}/{searching.arms})" if searching is not None else ""
     powers = [pool.power_watts for pool in pools if pool.gpus]
     per_token = [pool.joules_per_generated_token for pool in decode if pool.joules_per_generated_token is not None]
     return Summary(
         gpus=sum(pool.gpus for pool in pools),
         capped=f"{sum(pool.capped for pool in decode)}/{sum(pool.gpus for pool in decode)}" if decode else None,
         locked=sum(pool.locked for pool in pools),
-        clock=_clock(asked, decode),
+        clock=f"{clock}{arm}" if arm and (clock := _range(asked)) else _clock(asked, decode),
         power=f"{sum(watts or 0 for watts in powers)}W" if powers and None not in powers else None,
         saved=_saved(findings),
         saved_kwh=_saved_kwh(pools),
@@ -145,6 +157,13 @@ def departed_pairs(pool: PoolStatus | None) -> Sequence[PairStats]:
     return pool.savings.departed if pool is not None and pool.savings is not None else ()
 
 
+def _tuning(pool: Pool, tuner: Tuner | None, before: PoolStatus | None) -> TuningStatus | None:
+    """Return where the pool's tuner is; one that rests (mode Observe) keeps what it knew."""
+    if tuner is not None:
+        return tuner.status
+    return before.tuning if before is not None and pool.clock is not None and pool.clock.tune is not None else None
+
+
 def report_policy(
     policy: PolicyView,
     world: World,
@@ -152,6 +171,7 @@ def report_policy(
     reports: Mapping[PoolKey, PoolReport],
     accounts: Mapping[PoolKey, Account],
     ledgers: Mapping[PoolKey, Ledger],
+    tuners: Mapping[PoolKey, Tuner],
     before: EnergyPolicyStatus | None,
     release: Release | None,
     template_problem: str,
@@ -174,7 +194,8 @@ def report_policy(
         if policy.spec is not None and pool.role is Role.DECODE:
             ledger = ledgers.get(key) or opening(departed_pairs(previous.get(pool.name)))
             ledger = kept_ledgers[key] = advance(ledger, report)
-            finding = find_saving(policy.spec.verification, policy.spec.mode, report, ledger.departed)
+            chances = MAX_TRIALS if pool.clock is not None and pool.clock.tune is not None else 1
+            finding = find_saving(policy.spec.verification, policy.spec.mode, report, ledger.departed, chances)
             findings.append(finding)
         worth = finding.worth if finding else None
         account = kept[key] = open_or_advance(accounts, key, report, _sums(previous.get(pool.name)), worth)
@@ -182,9 +203,11 @@ def report_policy(
         if finding is not None and policy.spec is not None:
             savings = with_totals(finding.savings, account.saved, policy.spec.cost)
         own = [member for member in members if member.pool.name == pool.name]
+        tuning = _tuning(pool, tuners.get(key), previous.get(pool.name))
+        found = problems.get(pool.name, ())
         pools.append(
             pool_status(
-                *(pool, own, report, account, savings, held.get(pool.name, ()), problems.get(pool.name, ())),
+                *(pool, own, report, account, savings, tuning, held.get(pool.name, ()), found),
                 orders.rollouts.get(key),
             )
         )
@@ -227,6 +250,7 @@ def urgent_change(before: EnergyPolicyStatus | None, after: EnergyPolicyStatus) 
             {(condition.type, condition.status, condition.reason) for condition in status.conditions},
             (status.summary.gpus, status.summary.clock),
             [pool.rollout for pool in status.pools],
+            {(pool.name, pool.tuning.phase, pool.tuning.cap_mhz) for pool in status.pools if pool.tuning is not None},
             {
                 (pool.name, pool.pods, routine(entry.reason))
                 for pool in status.pools

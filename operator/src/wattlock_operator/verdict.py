@@ -26,11 +26,14 @@ class Pooled:
     effect: Effect
     total: float
     squares: float
+    chances: int = 1
+    """Out of how many caps this one may have been picked by what it showed. The evidence for each starts with its
+    share of the 1: the sum over all of them is fair game again."""
 
     @property
     def log_evidence(self) -> float:
-        """Logarithm of the evidence against "the cap does nothing", good at every look."""
-        return sequential.log_evidence(self.effect.pairs, self.total, self.squares)
+        """Logarithm of the evidence against "the cap does nothing", good at every look and for every pick."""
+        return sequential.log_evidence(self.effect.pairs, self.total, self.squares) - math.log(self.chances)
 
 
 def judge(pooled: Pooled | None) -> Reason:
@@ -58,7 +61,7 @@ def pairs_to_go(pooled: Pooled, reason: Reason) -> int | None:
         ratio = saving_percent(pooled.effect).half_width / MAX_HALF_WIDTH_POINTS
         return max(1, math.ceil(pairs * min(ratio, 1000.0) ** 2) - pairs)
     if reason is Reason.NEEDS_MORE_EVIDENCE:
-        wanted = sequential.pairs_needed(pairs, pooled.total, pooled.squares)
+        wanted = sequential.pairs_needed(pairs, pooled.total, pooled.squares, pooled.chances)
         return None if wanted is None else max(1, wanted - pairs)
     return None
 
@@ -87,7 +90,7 @@ def forecast(pooled: Pooled, reason: Reason, verification: Verification) -> str:
 def at_every_look(pooled: Pooled) -> Effect | None:
     """Return the effect with the interval that holds at every look; ``None`` while it has no ends."""
     effect = pooled.effect
-    low, high = sequential.interval_at_every_look(effect.pairs, pooled.total, pooled.squares)
+    low, high = sequential.interval_at_every_look(effect.pairs, pooled.total, pooled.squares, pooled.chances)
     if not (math.isfinite(low) and math.isfinite(high)):
         return None
     return replace(effect, low=low, high=high)

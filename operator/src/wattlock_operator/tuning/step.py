@@ -1,0 +1,246 @@
+"""The tuner: from what it remembers and what it sees to what it does next. A total, pure function.
+
+| phase | goes to | when |
+| --- | --- | --- |
+| Starting | Searching | tokens, latency and supported clocks are known for half a minute |
+| Searching | Settled | the best arm is shown to keep the bounds and to pay |
+| Searching | Released | no arm is |
+| Searching | Starting | the work changed under it |
+| Settled | Searching | the chosen cap turns out to break a bound: it is given up, the search goes on above it |
+| Settled, Released | Starting | the work is another one, or the cap costs energy |
+"""
+
+import math
+from dataclasses import replace
+
+from wattlock_operator.tuning.arms import STEP, Choose, Confirm, Try, is_clear, judged, next_arm, usable_clocks
+from wattlock_operator.tuning.evidence import breach, costs_energy, grown
+from wattlock_operator.tuning.model import NO_PAIRS, Goal, Observation, Outcome, Phase, Trial, Tuning
+from wattlock_operator.tuning.regime import follow, is_other_kind, moved
+
+#: The released pool is looked at for so long before the first cap: reports are means over 20 s.
+START_SECONDS = 30.0
+#: For so long the tuner waits for the clock of the released GPUs; then it begins at the highest there is.
+CLOCK_SECONDS = 180.0
+#: The work must be another one for so long before anything is done about it.
+MOVED_SECONDS = 600.0
+#: After a search the load may move as it likes for at least so long, and for REST_FACTOR times as long as the search
+#: took: a search costs about half of the saving while it lasts.
+REST_SECONDS = 3600.0
+REST_FACTOR = 4.0
+#: So long after the choice it is noted whether the power limit acts.
+NOTE_POWER_SECONDS = 1800.0
+
+
+def step(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
+    """Return the tuner after a look. Looks may come at any time; each pair is counted once.
+
+    A change of ``goal`` is a new tuner: the caller begins with an empty state.
+    """
+    state = _counted(state, seen)
+    if state.since_seconds is None:
+        state = replace(state, since_seconds=seen.now_seconds, looked_seconds=seen.now_seconds)
+    state = _with_regime(state, seen)
+    if state.phase is Phase.STARTING:
+        state = _start(state, goal, seen)
+    elif state.phase is Phase.SEARCHING:
+        state = _search(state, goal, seen)
+    elif (reason := _wants_anew(state, goal, seen)) is not None:
+        state = _anew(state, seen, reason)
+    elif state.phase is Phase.SETTLED:
+        state = _hold(state, goal, seen)
+    return replace(state, looked_seconds=seen.now_seconds)
+
+
+def too_many_tripped(seen: Observation) -> bool:
+    """Return whether the guardrail speaks against the cap: it released half of the instances, and two of several.
+
+    Each agent judges its instance at 95 % again and again, so now and then one is released by chance.
+    """
+    if seen.instances <= 1:
+        return seen.tripped >= 1
+    return seen.tripped >= max(2, math.ceil(seen.instances / 2))
+
+
+def _counted(state: Tuning, seen: Observation) -> Tuning:
+    """Return the state with the pairs that came since the last look."""
+    trials, held = [], state.held
+    for trial in state.trials:
+        now = seen.tallies.get(trial.cap_mhz, trial.seen)
+        more = grown(trial.seen, now)
+        trials.append(replace(trial, seen=now, sums=trial.sums + more) if now != trial.seen else trial)
+        if trial.cap_mhz == state.current_mhz and state.phase is Phase.SETTLED:
+            held = held + more
+    return replace(state, trials=tuple(trials), held=held)
+
+
+def _with_regime(state: Tuning, seen: Observation) -> Tuning:
+    """Return the state with what the load is and since when it is another one."""
+    # The arms of a search take the power limit away and give it back: it says nothing then.
+    resting = state.phase in (Phase.SETTLED, Phase.RELEASED)
+    now = seen.regime if resting or seen.regime is None else replace(seen.regime, power_limited=None)
+    reference = state.regime
+    if reference is None or now is None:
+        return replace(state, regime=reference or now)
+    if moved(reference, now):
+        since = state.moved_since_seconds
+        return replace(state, moved_since_seconds=seen.now_seconds if since is None else since)
+    if not resting:
+        last = seen.now_seconds if state.looked_seconds is None else state.looked_seconds
+        reference = follow(reference, now, seen.now_seconds - last)
+    elif reference.power_limited is None and _age_seconds(state, seen) >= NOTE_POWER_SECONDS:
+        reference = replace(reference, power_limited=now.power_limited)
+    return replace(state, regime=reference, moved_since_seconds=None)
+
+
+def _has_moved(state: Tuning, seen: Observation) -> bool:
+    since = state.moved_since_seconds
+    return since is not None and seen.now_seconds - since >= MOVED_SECONDS
+
+
+def _age_seconds(state: Tuning, seen: Observation) -> float:
+    return 0.0 if state.since_seconds is None else seen.now_seconds - state.since_seconds
+
+
+def _start(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
+    if seen.regime is None or not seen.supported_mhz:
+        what = "tokens and inter-token latency" if seen.regime is None else "the clocks that the GPUs support"
+        note = f"waiting for {what} to be reported"
+        return replace(state, since_seconds=seen.now_seconds, note=note)
+    if _has_moved(state, seen):
+        state = replace(state, regime=replace(seen.regime, power_limited=None), moved_since_seconds=None)
+    patience = START_SECONDS if seen.released_mhz is not None else CLOCK_SECONDS
+    if _age_seconds(state, seen) < patience or too_many_tripped(seen):
+        return replace(state, note="looking at the released pool before the first cap")
+    highest = max(seen.supported_mhz)
+    top = highest if seen.released_mhz is None else min(highest, seen.released_mhz)
+    begun = replace(
+        state,
+        phase=Phase.SEARCHING,
+        since_seconds=seen.now_seconds,
+        began_seconds=seen.now_seconds,
+        searches=state.searches + 1,
+        trials=(),
+        confirming=False,
+        top_mhz=top,
+        note="",
+    )
+    return _advance(replace(begun, current_mhz=None), goal, seen, start_mhz=_start_mhz(state, top))
+
+
+def _start_mhz(state: Tuning, top_mhz: int) -> int:
+    """Return where the first cap is: a step below the released clock, or a step above the last choice."""
+    first = STEP * top_mhz
+    return round(first if state.current_mhz is None else min(first, state.current_mhz / STEP))
+
+
+def _search(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
+    if _has_moved(state, seen):
+        return _anew(state, seen, f"the work changed during the search: {moved(state.regime, seen.regime)}")
+    if too_many_tripped(seen):
+        # Released until the cool-down is over: what comes next would not be measured anyway.
+        note = f"the guardrail released {seen.tripped} of {seen.instances} instance(s)"
+        trials = tuple(
+            replace(trial, outcome=Outcome.BREACH, note=note) if trial.cap_mhz == state.current_mhz else trial
+            for trial in state.trials
+        )
+        return replace(state, trials=trials, current_mhz=None, confirming=False, note=note)
+    return _advance(state, goal, seen)
+
+
+def _advance(state: Tuning, goal: Goal, seen: Observation, start_mhz: int | None = None) -> Tuning:
+    """Judge the current arm; when it is clear, go on to the next."""
+    trials = tuple(judged(trial, goal) for trial in state.trials)
+    state = replace(state, trials=trials)
+    current = state.trial(state.current_mhz)
+    if current is not None and current.outcome is Outcome.OPEN:
+        others = [trial for trial in trials if trial.cap_mhz != current.cap_mhz]
+        if state.confirming or not is_clear(current, others, goal):
+            return state
+    if not seen.supported_mhz:
+        return replace(state, current_mhz=None, confirming=False, note="the clocks that the GPUs support are not known")
+    top = state.top_mhz or max(seen.supported_mhz)
+    clocks = usable_clocks(seen.supported_mhz, goal, top)
+    if not clocks:
+        return _finish(state, seen, Phase.RELEASED, None, "no supported clock lies within the bounds of the search")
+    nxt = next_arm(trials, goal, clocks, top, top if start_mhz is None else start_mhz)
+    if isinstance(nxt, Try):
+        trial = Trial(nxt.cap_mhz, seen=seen.tallies.get(nxt.cap_mhz, NO_PAIRS))
+        return replace(state, trials=(*trials, trial), current_mhz=nxt.cap_mhz, confirming=False, note="")
+    if isinstance(nxt, Confirm):
+        return replace(state, current_mhz=nxt.cap_mhz, confirming=True, note="")
+    if isinstance(nxt, Choose):
+        return _finish(state, seen, Phase.SETTLED, nxt.cap_mhz, "")
+    return _finish(state, seen, Phase.RELEASED, None, _why_nothing(state))
+
+
+def _why_nothing(state: Tuning) -> str:
+    outcomes = {trial.outcome for trial in state.trials}
+    if outcomes <= {Outcome.DOES_NOT_PAY}:
+        return "no cap saves enough energy for each token"
+    return "no cap both saves energy and is shown to stay within the bounds"
+
+
+def _finish(state: Tuning, seen: Observation, phase: Phase, cap_mhz: int | None, note: str) -> Tuning:
+    began = seen.now_seconds if state.began_seconds is None else state.began_seconds
+    return replace(
+        state,
+        phase=phase,
+        since_seconds=seen.now_seconds,
+        took_seconds=max(0.0, seen.now_seconds - began),
+        current_mhz=cap_mhz,
+        confirming=False,
+        held=NO_PAIRS,
+        moved_since_seconds=None,
+        note=note,
+    )
+
+
+def _wants_anew(state: Tuning, goal: Goal, seen: Observation) -> str | None:
+    """Return why a settled tuner searches anew; ``None``: it does not."""
+    if state.phase is Phase.SETTLED and costs_energy(state.held):
+        return "the chosen cap costs energy now"
+    if not _has_moved(state, seen):
+        return None
+    rested = _age_seconds(state, seen) >= max(REST_SECONDS, REST_FACTOR * state.took_seconds)
+    if not (rested or is_other_kind(state.regime, seen.regime)):
+        return None
+    return moved(state.regime, seen.regime) or "the work is another one"
+
+
+def _anew(state: Tuning, seen: Observation, reason: str) -> Tuning:
+    """Begin again, from the released pool: it tells what the work is now."""
+    chosen = state.current_mhz if state.phase is Phase.SETTLED else None
+    return Tuning(
+        since_seconds=seen.now_seconds,
+        looked_seconds=seen.now_seconds,
+        searches=state.searches,
+        took_seconds=state.took_seconds,
+        current_mhz=chosen,
+        note=f"searching anew: {reason}",
+    )
+
+
+def _hold(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
+    tripped = too_many_tripped(seen)
+    worse = breach(goal, state.held)
+    if not tripped and not worse:
+        return state
+    note = f"the guardrail released {seen.tripped} of {seen.instances} instance(s)" if tripped else ""
+    note = note or f"{worse} is worse than allowed"
+    trials = tuple(
+        replace(trial, outcome=Outcome.BREACH, note=note) if trial.cap_mhz == state.current_mhz else trial
+        for trial in state.trials
+    )
+    again = replace(
+        state,
+        phase=Phase.SEARCHING,
+        since_seconds=seen.now_seconds,
+        began_seconds=seen.now_seconds,
+        searches=state.searches + 1,
+        trials=trials,
+        current_mhz=None,
+        confirming=False,
+        note=note,
+    )
+    return again if tripped else _advance(again, goal, seen)

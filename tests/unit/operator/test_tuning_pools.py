@@ -1,0 +1,387 @@
+"""Tuners in the operator's decision: orders by arm, state in status, restarts, Events. The test plays the agents."""
+
+import json
+import math
+import random
+from dataclasses import dataclass, field, replace
+
+import pytest
+from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
+from tuning_world import memory_bound, nothing_saved
+from wattlock_api.base import decimal_string, timestamp
+from wattlock_api.constants import ConditionType, Reason
+from wattlock_api.energypolicy import Guardrail, Tune
+from wattlock_api.nodeenergy import AgentStatus, ClockRange, Moments, PairStats, ProductClocks
+from wattlock_api.policystatus import EnergyPolicyStatus
+from wattlock_api.tuningstatus import TuningStatus
+from wattlock_operator.decide import Decision, Memory, decide
+from wattlock_operator.pooling import Sample
+from wattlock_operator.pooling import pool as pool_effect
+from wattlock_operator.reports import collect
+from wattlock_operator.tuning.model import Goal, Tuning
+from wattlock_operator.tuning.pools import goal_of, supported_mhz
+from wattlock_operator.tuning.record import from_status, goal_word, to_status
+from wattlock_operator.verdict import Pooled, at_every_look, judge, pairs_to_go
+
+PODS = ("d0", "d1", "d2", "d3")
+LOOK_SECONDS = 240.0
+
+
+def pools(tune: dict | None = None, labels: dict | None = None) -> list[dict]:
+    return [
+        {
+            "name": "decode",
+            "role": "Decode",
+            "selector": {"matchLabels": labels or DECODE},
+            "clock": {"tune": tune or {}},
+        },
+        {"name": "prefill", "role": "Prefill", "selector": {"matchLabels": PREFILL}},
+    ]
+
+
+@dataclass
+class Site:
+    """A cluster in which time passes from look to look: the agents do at once what they are told."""
+
+    effects: object = memory_bound
+    tune: dict = field(default_factory=dict)
+    rollout: dict | None = None
+    mode: str = "Enforce"
+    driver: str = "580.159"
+    template: str = "v1"
+    batch: float = 32.0
+    tripped: tuple[str, ...] = ()
+    now: float = NOW
+    memory: Memory = field(default_factory=Memory)
+    status: EnergyPolicyStatus | None = None
+    asked: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(PODS))
+    sums: dict[str, dict[int, list[float]]] = field(default_factory=lambda: {name: {} for name in PODS})
+    events: list[tuple[str, str]] = field(default_factory=list)
+    caps: list[int | None] = field(default_factory=list)
+    shares: set[float] = field(default_factory=set)
+    written: tuple = ()
+    chance: random.Random = field(default_factory=lambda: random.Random(7))
+
+    def _report(self, name: str):
+        def stats(cap: int, row: list[float]) -> PairStats:
+            texts = [decimal_string(value, 9) for value in row[1:]]
+            moments = [Moments(total=texts[at], squares=texts[at + 1]) for at in (0, 2, 4)]
+            return PairStats(
+                cap_mhz=cap,
+                pairs=int(row[0]),
+                energy=moments[0],
+                throughput=moments[1],
+                latency_pairs=int(row[0]),
+                latency=moments[2],
+            )
+
+        return instance(
+            name,
+            tokens_per_second=decimal_string(self.batch / 0.008, 1),
+            inter_token_latency_ms="8.000",
+            pair_stats=[stats(cap, row) for cap, row in self.sums[name].items()][-15:],
+            guardrail_tripped=name in self.tripped,
+        )
+
+    def _world(self):
+        holds = {order.instance: order.hold.reason for order in self.orders() if order.hold is not None}
+        gpus = [
+            gpu(
+                index,
+                name,
+                state="Released" if cap is None else "Locked",
+                reason=holds.get(name, "NoOrder") if cap is None else "Locked",
+                requested_mhz=cap,
+                observed_mhz=cap or 1980,
+            )
+            for index, (name, cap) in enumerate(self.asked.items())
+        ]
+        found = node_energy("n1", self.orders(), gpus=gpus, instances=[self._report(name) for name in PODS])
+        ranges = [ClockRange(min_mhz=345, max_mhz=1980, step_mhz=15)]
+        agent = AgentStatus(driver_version=self.driver, products=[ProductClocks(product="NVIDIA H200", ranges=ranges)])
+        told = found.status.model_copy(update={"agent": agent, "reported_at": timestamp(self.now - 2)})
+        spec = {"mode": self.mode, "pools": pools(self.tune), "rollout": self.rollout}
+        pods = [pod(name, DECODE | {"pod-template-hash": self.template}) for name in PODS]
+        return world(
+            [policy(spec=spec, status=self.status)],
+            [*pods, pod("p0", PREFILL), agent_pod("n1")],
+            [replace(found, status=told)],
+        )
+
+    def orders(self):
+        return self.written
+
+    def look(self, seconds: float = LOOK_SECONDS) -> Decision:
+        """Let pairs come in, decide, and carry the decision out."""
+        self.now += seconds
+        for name, cap in self.asked.items():
+            if cap is None or name in self.tripped:
+                continue
+            saving, loss = self.effects(cap)
+            for _ in range(4):
+                values = (
+                    math.log1p(-saving) + self.chance.gauss(0, 0.01),
+                    math.log1p(-loss) + self.chance.gauss(0, 0.015),
+                    -math.log1p(-loss) + self.chance.gauss(0, 0.01),
+                )
+                row = self.sums[name].setdefault(cap, [0.0] * 7)
+                row[0] += 1
+                for at, value in enumerate(values):
+                    row[1 + 2 * at] += value
+                    row[2 + 2 * at] += value * value
+        decision = decide(self._world(), None, self.memory, self.now)
+        self.memory = decision.memory
+        for node_orders in decision.write_orders.values():
+            self.written = node_orders
+        for order in self.orders():
+            if order.role == "Decode":
+                self.asked[order.instance] = order.cap_mhz
+                self.shares |= {order.experiment.control_share} if order.experiment else set()
+        if decision.write_statuses:
+            ((_, status),) = decision.write_statuses
+            # Through JSON, as the API server keeps it.
+            self.status = EnergyPolicyStatus.model_validate(json.loads(json.dumps(status.to_api())))
+        self.events += [(telling.reason, telling.message) for telling in decision.tellings]
+        self.caps.append(next(iter(self.asked.values())))
+        return decision
+
+    @property
+    def tuning(self) -> TuningStatus:
+        return self.status.pools[0].tuning
+
+    def search(self, restart_every: int = 0) -> TuningStatus:
+        for number in range(1, 400):
+            self.look()
+            if self.tuning is not None and self.tuning.phase in ("Settled", "Released"):
+                return self.tuning
+            if restart_every and number % restart_every == 0:
+                self.memory = Memory()
+        raise AssertionError(f"no end: {self.tuning}")
+
+
+def test_the_whole_search_by_orders_and_reports():
+    site = Site()
+    found = site.search()
+    assert found.phase == "Settled"
+    assert memory_bound(found.cap_mhz)[0] > 0.97 * max(
+        memory_bound(mhz)[0] for mhz in range(345, 1980, 15) if memory_bound(mhz)[1] <= 0.02
+    )
+    assert set(site.asked.values()) == {found.cap_mhz}
+    # One cap at a time for the whole pool, and one after the other: the first step is a fifth.
+    assert next(cap for cap in site.caps if cap is not None) == 1575
+    assert site.shares == {0.5, 0.1}  # half of the epochs released in the search, the policy's share after it
+    site.look()
+    assert {order.experiment.control_share for order in site.orders() if order.experiment} == {0.1}
+
+
+def test_kubectl_shows_where_it_is():
+    site = Site()
+    clocks, messages = [], []
+    for _ in range(60):
+        site.look()
+        clocks.append(site.status.summary.clock)
+        messages.append(site.tuning.message)
+    assert clocks[0] is None  # nothing is locked before the released pool was seen
+    assert "1260MHz(2/" in " ".join(map(str, clocks))
+    assert any(text.startswith("arm 2 of at most") and "1260 MHz" in text for text in messages)
+    assert clocks[-1] == f"{site.tuning.cap_mhz}MHz"
+    best = next(arm for arm in site.tuning.tried if arm.cap_mhz == site.tuning.cap_mhz)
+    low, high = map(float, best.ci95)
+    assert low < 100 * memory_bound(best.cap_mhz)[0] < high
+    assert best.outcome == "Admitted"
+
+
+def test_an_operator_that_restarts_all_the_time_finds_the_same():
+    steady, restless = Site(), Site()
+    first, second = steady.search(), restless.search(restart_every=1)
+    assert (second.phase, second.cap_mhz) == (first.phase, first.cap_mhz)
+    assert [arm.cap_mhz for arm in second.tried] == [arm.cap_mhz for arm in first.tried]
+    assert [arm.sums.pairs for arm in second.tried] == [arm.sums.pairs for arm in first.tried]
+
+
+def test_events_tell_of_each_arm_and_the_choice_and_are_bounded():
+    site = Site()
+    found = site.search()
+    site.look()
+    told = [reason for reason, _ in site.events]
+    assert told.count("TuningArm") >= 4
+    assert told.count("Tuned") == 1
+    assert any(f"chose {found.cap_mhz} MHz" in text for reason, text in site.events if reason == "Tuned")
+    before = len(site.events)
+    for _ in range(20):
+        site.look()
+    assert "TuningArm" not in [reason for reason, _ in site.events[before:]]
+    quick = Site()
+    for _ in range(200):
+        quick.look(1.0)
+    assert len(quick.events) <= 13
+
+
+def test_a_pool_in_which_nothing_pays_is_left_alone():
+    site = Site(effects=nothing_saved)
+    assert site.search().phase == "Released"
+    site.look()
+    assert set(site.asked.values()) == {None}
+    reasons = {entry.reason for entry in site.status.pools[0].reasons}
+    assert "NoClockPays" in reasons
+    assert "NoClockPays" in [reason for reason, _ in site.events]
+    enforced = next(each for each in site.status.conditions if each.type == ConditionType.ENFORCED)
+    assert (enforced.status, enforced.reason) == ("False", "NoClockPays")
+
+
+def test_a_search_is_progress():
+    site = Site()
+    site.look()
+    site.look(10)  # the agents have acted on the first orders, and no cap is tried yet
+
+    def progressing():
+        found = next(each for each in site.status.conditions if each.type == ConditionType.PROGRESSING)
+        return found.status, found.reason
+
+    assert progressing() == ("True", "Tuning")
+    site.search()
+    site.look()
+    site.look()
+    assert progressing() == ("False", "UpToDate")
+
+
+def test_in_mode_observe_nothing_is_tried_and_nothing_is_forgotten():
+    site = Site(mode="Observe")
+    for _ in range(10):
+        site.look()
+    assert set(site.asked.values()) == {None}
+    assert site.tuning is None
+    site.mode = "Enforce"
+    found = site.search()
+    site.mode = "Observe"
+    for _ in range(3):
+        site.look()
+    assert set(site.asked.values()) == {None}
+    assert site.tuning.cap_mhz == found.cap_mhz
+    site.mode = "Enforce"
+    site.look()
+    assert set(site.asked.values()) == {found.cap_mhz}
+
+
+def test_all_instances_have_the_arm_at_once_also_where_changes_are_rolled_out():
+    site = Site(rollout={"steps": [1, "100%"], "holdSeconds": 600})
+    while site.caps[-1:] != [1575]:
+        site.look()
+    assert set(site.asked.values()) == {1575}
+    assert site.search().phase == "Settled"
+
+
+def test_another_goal_begins_anew():
+    site = Site()
+    site.search()
+    site.tune = {"minMHz": 1000}
+    site.look()
+    assert (site.tuning.phase, set(site.asked.values())) == ("Starting", {None})
+    assert site.search().cap_mhz >= 1000
+
+
+def test_a_new_template_or_driver_reopens():
+    for change in ({"template": "v2"}, {"driver": "590.1"}):
+        site = Site()
+        site.search()
+        for name, value in change.items():
+            setattr(site, name, value)
+        for _ in range(4):
+            site.look()
+        assert site.tuning.searches == 1
+        assert site.tuning.phase == "Starting"
+        assert "TuningAnew" in [reason for reason, _ in site.events]
+        found = site.search(restart_every=1)
+        assert found.searches == 2
+        # Caps of the first search have pairs of then, which the second one does not count, whoever restarts.
+        assert any(0 < arm.sums.pairs < arm.seen.pairs for arm in found.tried)
+
+
+def test_the_guardrail_ends_an_arm_for_the_whole_pool():
+    site = Site()
+    while site.caps[-1:] != [1260]:
+        site.look()
+    site.tripped = PODS[:2]
+    site.look()
+    assert set(site.asked.values()) == {None}
+    assert next(arm for arm in site.tuning.tried if arm.cap_mhz == 1260).outcome == "Breach"
+    assert "guardrail" in site.tuning.message
+    site.tripped = ()
+    site.look()
+    assert min(set(site.asked.values())) > 1260
+
+
+def test_a_tuner_waits_for_what_it_needs_to_know():
+    site = Site()
+    site.batch = 0.0  # no tokens
+    for _ in range(10):
+        site.look()
+    assert set(site.asked.values()) == {None}
+    assert "waiting for tokens" in site.tuning.message
+    assert any(entry.reason == "Tuning" for entry in site.status.pools[0].reasons)
+
+
+def test_the_bounds_are_those_of_the_guardrail():
+    guardrail = Guardrail(max_throughput_loss_percent=4, max_inter_token_latency_increase_percent=7)
+    goal = goal_of(Tune(objective="EnergyDelayProduct", min_saving_percent=2, min_mhz=600), guardrail)
+    assert (goal.max_throughput_loss_percent, goal.max_latency_increase_percent) == (4, 7)
+    assert (goal.objective, goal.min_saving_percent, goal.min_mhz, goal.max_mhz) == ("EnergyDelayProduct", 2, 600, None)
+    assert goal_of(Tune(), Guardrail()) == Goal()
+
+
+def test_only_clocks_that_all_gpus_support_are_tried():
+    site = Site()
+    here = site._world()
+    report = collect(here, site.now)["uid-qwen", "decode"]
+    assert supported_mhz(here, report)[:2] == (1980, 1965)
+    told = here.node_energies["n1"].status
+    other = told.agent.products[0].model_copy(update={"product": "NVIDIA H100"})
+    agent = told.agent.model_copy(update={"products": [other]})
+    without = replace(
+        here,
+        node_energies={"n1": replace(here.node_energies["n1"], status=told.model_copy(update={"agent": agent}))},
+    )
+    assert supported_mhz(without, report) == ()
+
+    first, *others = report.gpus
+    mixed = replace(first, gpu=first.gpu.model_copy(update={"product": "NVIDIA H100"}))
+    slower = ProductClocks(product="NVIDIA H100", ranges=[ClockRange(min_mhz=210, max_mhz=1755, step_mhz=30)])
+    agent = told.agent.model_copy(update={"products": [*told.agent.products, slower]})
+    both = {"n1": replace(here.node_energies["n1"], status=told.model_copy(update={"agent": agent}))}
+    found = supported_mhz(replace(here, node_energies=both), replace(report, gpus=(mixed, *others)))
+    assert (found[0], found[-1]) == (1755, 345)
+    assert all((1755 - mhz) % 30 == 0 for mhz in found)
+
+
+def test_the_memory_survives_a_status_and_odd_ones_are_none():
+    site = Site()
+    for _ in range(25):
+        site.look()
+    tuner = site.memory.tuners["uid-qwen", "decode"]
+    status = TuningStatus.model_validate(json.loads(json.dumps(tuner.status.to_api())))
+    again = from_status(status, tuner.goal)
+    assert to_status(again, tuner.goal, tuner.seen) == status
+    for name in ("phase", "current_mhz", "confirming", "top_mhz", "searches", "note"):
+        assert getattr(again, name) == getattr(tuner.state, name)
+    assert [trial.outcome for trial in again.trials] == [trial.outcome for trial in tuner.state.trials]
+    assert from_status(status, Goal(min_mhz=500)) == Tuning()
+    assert from_status(status.model_copy(update={"since": "yesterday"}), tuner.goal) == Tuning()
+    assert from_status(None, tuner.goal) == Tuning()
+    assert len(json.dumps(status.to_api())) < 12_000
+    assert len(goal_word(Goal())) <= 128
+
+
+def test_a_tuned_saving_needs_the_evidence_of_a_pick_of_twelve():
+    values = [-0.05, -0.06, -0.04, -0.055, -0.045, -0.05, -0.06]
+    total, squares = math.fsum(values), math.fsum(value**2 for value in values)
+    alone = Pooled(pool_effect([Sample(len(values), total, squares)]), total, squares)
+    picked = replace(alone, chances=12)
+    assert judge(alone) is Reason.INTERVAL_EXCLUDES_ZERO
+    assert judge(picked) is Reason.NEEDS_MORE_EVIDENCE
+    assert picked.log_evidence == pytest.approx(alone.log_evidence - math.log(12))
+    assert pairs_to_go(alone, Reason.NEEDS_MORE_EVIDENCE) < pairs_to_go(picked, Reason.NEEDS_MORE_EVIDENCE) < 20
+    more = replace(
+        picked, effect=pool_effect([Sample(70, 10 * total, 10 * squares)]), total=10 * total, squares=10 * squares
+    )
+    less = replace(more, chances=1)
+    assert at_every_look(more).high > at_every_look(less).high
