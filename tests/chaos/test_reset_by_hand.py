@@ -70,15 +70,12 @@ def test_a_policy_deleted_while_its_agent_is_dead(engine: Engine, intact: Site) 
     site, recorder = intact, engine.recorder
     name = site.decode_pods("steady")[0]["spec"]["nodeName"]
     until("its decode GPUs are locked", lambda: recorder.locked_on(name))
-    site.nodes[name].stop_kubelet()
-    try:
+    with site.nodes[name].kubelet_down():
         end_agent(site, name, signal.SIGKILL)
         held = recorder.locked_on(name)
         for policy in ("steady", "measured"):
             site.delete_policy(policy)
         assert recorder.locked_on(name) == held != set(), "a lock outlives the agent, as with a real driver"
-    finally:
-        site.nodes[name].start_kubelet()
     until("every GPU of the node is released", lambda: not recorder.locked_on(name), 60)
     until("the policies are gone", lambda: not site.policies(), 60)
     assert not list(journal(site.nodes[name]).glob("*.json"))

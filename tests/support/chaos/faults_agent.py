@@ -139,10 +139,9 @@ def policy_deleted_while_dead(site: Site, rng: Random) -> Iterator[Stage]:
     """The agent is killed on a node whose kubelet is down, so nobody starts it; its policy is deleted meanwhile. The
     GPU stays locked until the agent's return, and not 60 s longer."""
     name = some_node(site, rng)
-    site.nodes[name].stop_kubelet()
-    end_agent(site, name, signal.SIGKILL)
-    site.delete_policy("steady")
-    yield Hold(rng.uniform(3, 8))
-    site.nodes[name].start_kubelet()
+    with site.nodes[name].kubelet_down():
+        end_agent(site, name, signal.SIGKILL)
+        site.delete_policy("steady")
+        yield Hold(rng.uniform(3, 8))
     yield Settled()
     site.apply_policies()

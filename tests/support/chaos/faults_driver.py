@@ -2,12 +2,12 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from random import Random
 
 from chaos.fault import Hold, Settled, Stage, fault, some_node
 from chaos.faults_agent import end_agent
-from chaos.nodes import JOURNAL, Node, remount
+from chaos.nodes import JOURNAL, Node, read_only
 from chaos.site import Site, journal
 from wattlock_simulator import control
 
@@ -78,7 +78,6 @@ def foreign_writer(site: Site, rng: Random) -> Iterator[Stage]:
             control.foreign_lock(file, gpu, 345, 1905)
             yield Hold(rng.uniform(1, 10))
             control.foreign_unlock(file, gpu)
-        del locked
     yield Hold(rng.uniform(0, 2))
     site.touch_policies()
 
@@ -98,12 +97,14 @@ def foreign_lock_stays(site: Site, rng: Random) -> Iterator[Stage]:
     with node.driver() as file:
         (gpu,) = file.find(uuid)
         control.foreign_lock(file, gpu, 1200, 1200)
-        end_agent(site, name, signal.SIGKILL)
-        yield Settled()
-        kept = gpu.request.lock_range_mhz
-        control.foreign_unlock(file, gpu)
-        del gpu
-    site.foreign.discard(uuid)
+        try:
+            end_agent(site, name, signal.SIGKILL)
+            yield Settled()
+            kept = gpu.request.lock_range_mhz
+        finally:
+            control.foreign_unlock(file, gpu)
+            site.foreign.discard(uuid)
+            del gpu
     assert kept == 1200 << 32 | 1200, f"the lock that somebody else had on {uuid} was changed to {kept:#x}"
 
 
@@ -112,26 +113,23 @@ def disk_full(site: Site, rng: Random) -> Iterator[Stage]:
     """The disk of the journal is full while caps change: nothing is locked without a record."""
     node = site.nodes[some_node(site, rng)]
     filler = journal(node) / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
+    try:
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
             while file.write(b"\0" * 4096):
                 pass
-        except OSError:
-            pass
-    site.touch_policies()
-    yield Hold(rng.uniform(2, 8))
-    filler.unlink()
+        site.touch_policies()
+        yield Hold(rng.uniform(2, 8))
+    finally:
+        filler.unlink()
     site.apply_policies()
 
 
 @fault("journal read-only", "journal policies")
-def read_only(site: Site, rng: Random) -> Iterator[Stage]:
+def disk_read_only(site: Site, rng: Random) -> Iterator[Stage]:
     """The disk of the journal becomes read-only while caps change, and writable again."""
-    node = site.nodes[some_node(site, rng)]
-    remount(node, JOURNAL, read_only=True)
-    site.touch_policies()
-    yield Hold(rng.uniform(2, 8))
-    remount(node, JOURNAL, read_only=False)
+    with read_only(site.nodes[some_node(site, rng)], JOURNAL):
+        site.touch_policies()
+        yield Hold(rng.uniform(2, 8))
     site.apply_policies()
 
 

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
 
 from chaos.fault import Hold, Released, Settled, Stage, fault, some_node
@@ -11,45 +12,43 @@ from chaos.truth import parse_pod
 from wattlock_operator.kube import NODES
 
 
-def _cordon(site: Site, node: str, *, on: bool) -> None:
-    site.kube.merge(f"{NODES}/{node}", {"spec": {"unschedulable": on or None}})
+@contextmanager
+def _cordoned(site: Site, node: str) -> Iterator[None]:
+    site.kube.merge(f"{NODES}/{node}", {"spec": {"unschedulable": True}})
+    try:
+        yield
+    finally:
+        site.kube.merge(f"{NODES}/{node}", {"spec": {"unschedulable": None}})
 
 
 @fault("node drained", "nodes pods operator")
 def drained(site: Site, rng: Random) -> Iterator[Stage]:
     """A node is drained as kubectl does it (DaemonSets stay), and given back."""
     node = some_node(site, rng)
-    _cordon(site, node, on=True)
-    for body in site.kube.list_all("/api/v1/pods"):
-        owners = [each["kind"] for each in body["metadata"].get("ownerReferences", [])]
-        if body["spec"].get("nodeName") == node and "DaemonSet" not in owners:
-            site.evict(body)
-    until(
-        "the evicted pods are gone", lambda: not [body for body in site.pods() if body["spec"].get("nodeName") == node]
-    )
-    yield Settled()
-    _cordon(site, node, on=False)
+    with _cordoned(site, node):
+        for body in site.kube.list_all("/api/v1/pods"):
+            owners = [each["kind"] for each in body["metadata"].get("ownerReferences", [])]
+            if body["spec"].get("nodeName") == node and "DaemonSet" not in owners:
+                site.evict(body)
+        until("no serving pod is left there", lambda: not [b for b in site.pods() if b["spec"].get("nodeName") == node])
+        yield Settled()
     site.deploy()
 
 
 @fault("kubelet stopped", "nodes", in_tests=False)
 def kubelet_stopped(site: Site, rng: Random) -> Iterator[Stage]:
     """A kubelet is killed for some seconds; its pods go on."""
-    node = site.nodes[some_node(site, rng)]
-    node.stop_kubelet()
-    yield Hold(rng.uniform(2, 15))
-    node.start_kubelet()
+    with site.nodes[some_node(site, rng)].kubelet_down():
+        yield Hold(rng.uniform(2, 15))
 
 
 @fault("kubelet's socket gone", "nodes", 0.4)
 def socket_gone(site: Site, rng: Random) -> Iterator[Stage]:
-    """Nobody says any more who holds the GPUs of a node: after 30 s they are released."""
+    """The kubelet is away with its socket, so nobody says any more who holds the GPUs: after 30 s they are released."""
     name = some_node(site, rng)
-    socket = site.nodes[name].path(KUBELET_SOCKET)
-    hidden = socket.with_name("hidden")
-    socket.rename(hidden)
-    yield Released(frozenset({name}))
-    hidden.rename(socket)
+    with site.nodes[name].kubelet_down():
+        site.nodes[name].path(KUBELET_SOCKET).unlink()
+        yield Released(frozenset({name}))
 
 
 @fault("node rebooted", "nodes agents pods operator", 0.7)
@@ -57,29 +56,23 @@ def rebooted(site: Site, rng: Random) -> Iterator[Stage]:
     """All processes of a node end at once, its GPUs are as after a boot, and the boot id is another."""
     name = some_node(site, rng)
     node = site.nodes[name]
-    node.stop_kubelet()
-    for body in list(site.kube.list_all("/api/v1/pods")):
-        if body["spec"].get("nodeName") == name:
-            site.will_restart(body)
-            for container_id in site.container_ids(body):
-                signal_all(pids_of_container(container_id), signal.SIGKILL)
-    node.boot()
-    yield Hold(rng.uniform(0, 3))
-    node.start_kubelet()
-    yield Hold(2)
-    site.deploy()
+    with node.kubelet_down():
+        for body in list(site.kube.list_all("/api/v1/pods")):
+            if body["spec"].get("nodeName") == name:
+                site.will_restart(body)
+                for container_id in site.container_ids(body):
+                    signal_all(pids_of_container(container_id), signal.SIGKILL)
+        node.boot()
+        yield Hold(rng.uniform(0, 3))
 
 
 @fault("pod deleted by force while its node is away", "nodes pods", 0.7)
 def deleted_while_away(site: Site, rng: Random) -> Iterator[Stage]:
     """A decode pod is deleted by force while its kubelet is down: it goes on, but nobody wants its lock any more."""
     body = rng.choice(site.decode_pods())
-    node = site.nodes[body["spec"]["nodeName"]]
-    node.stop_kubelet()
-    site.delete_pod(body, 0)
-    yield Settled()
-    node.start_kubelet()
-    site.deploy()
+    with site.nodes[body["spec"]["nodeName"]].kubelet_down():
+        site.delete_pod(body, 0)
+        yield Settled()
 
 
 @fault("pod finished", "pods")
@@ -111,7 +104,6 @@ def same_name(site: Site, rng: Random) -> Iterator[Stage]:
     """A pod of a StatefulSet is deleted, with or without time to stop; one of its name takes its place."""
     site.delete_pod(rng.choice(site.decode_pods("steady")), rng.choice([None, 0]))
     yield Hold(rng.uniform(0, 2))
-    site.deploy()
 
 
 @fault("pods change GPUs", "pods", 2)
@@ -121,7 +113,6 @@ def shuffled(site: Site, rng: Random) -> Iterator[Stage]:
     for body in rng.sample(everyone, rng.randint(2, len(everyone))):
         site.delete_pod(body, rng.choice([None, 0]))
     yield Hold(rng.uniform(0, 2))
-    site.deploy()
 
 
 @fault("serving process killed", "pods", in_tests=False)
@@ -132,7 +123,6 @@ def serving_killed(site: Site, rng: Random) -> Iterator[Stage]:
     for container_id in site.container_ids(body):
         signal_all(pids_of_container(container_id)[:1], signal.SIGKILL)
     yield Hold(rng.uniform(0, 2))
-    site.deploy()
 
 
 @fault("prefill scaled to zero", "pods")

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,13 +180,14 @@ class Node:
         """Run a command inside the node."""
         return _dev_cluster("node-exec", "--name", cluster_name(), self._ours, "--", *command)
 
-    def stop_kubelet(self) -> None:
-        """Kill the kubelet; the containers go on."""
+    @contextmanager
+    def kubelet_down(self) -> Iterator[None]:
+        """Kill the kubelet, and start it again afterwards; the containers go on."""
         _dev_cluster("stop-kubelet", "--name", cluster_name(), self._ours)
-
-    def start_kubelet(self) -> None:
-        """Start it again."""
-        _dev_cluster("start-kubelet", "--name", cluster_name(), self._ours)
+        try:
+            yield
+        finally:
+            _dev_cluster("start-kubelet", "--name", cluster_name(), self._ours)
 
     def boot(self) -> None:
         """Give the node a new boot id and its GPUs the state after a boot."""
@@ -212,10 +214,16 @@ if libc.setns(where, 0x20000) or libc.mount(None, sys.argv[2].encode(), None, in
 _MS_RDONLY, _MS_REMOUNT = 1, 32
 
 
-def remount(node: Node, path: Path, *, read_only: bool) -> None:
-    """Make a file system of a node read-only, or writable again; for everybody who has it mounted."""
-    flags = _MS_REMOUNT | (_MS_RDONLY if read_only else 0)
-    pid = node.root.parent.name
-    subprocess.run(
-        [sys.executable, "-c", _REMOUNT, pid, str(path), str(flags)], capture_output=True, timeout=20, check=True
-    )
+@contextmanager
+def read_only(node: Node, path: Path) -> Iterator[None]:
+    """Make a file system of a node read-only for everybody who has it mounted, and writable again afterwards."""
+    _remount(node, path, _MS_RDONLY)
+    try:
+        yield
+    finally:
+        _remount(node, path, 0)
+
+
+def _remount(node: Node, path: Path, flag: int) -> None:
+    command = [sys.executable, "-c", _REMOUNT, node.root.parent.name, str(path), str(_MS_REMOUNT | flag)]
+    subprocess.run(command, capture_output=True, timeout=20, check=True)

@@ -4,7 +4,8 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -149,24 +150,25 @@ class Site:
 
     def kill_agents_for_good(self) -> None:
         """Kill the agents while their kubelets cannot start them anew, and delete their DaemonSet and the operator."""
-        for node in self.nodes.values():
-            node.stop_kubelet()
-        try:
-            for body in self.agents():
-                for container_id in self.container_ids(body):
-                    signal_all(pids_of_container(container_id)[:1], signal.SIGKILL)
-                self.delete_pod(body, 0)
-            self.kube.delete(workload_path("Deployment", "wattlock-operator", SYSTEM))
-            for body in self.operators():
+        with ExitStack() as kubelets:
+            for node in self.nodes.values():
+                kubelets.enter_context(node.kubelet_down())
+            for body in self.agents() + self.operators():
                 for container_id in self.container_ids(body):
                     signal_all(pids_of_container(container_id), signal.SIGKILL)
                 self.delete_pod(body, 0)
+            self.kube.delete(workload_path("Deployment", "wattlock-operator", SYSTEM))
             for body in self.kube.list_all(daemon_sets_path(SYSTEM), AGENT_LABEL):
                 self.kube.delete(daemon_sets_path(SYSTEM, body["metadata"]["name"]))
-            until("no agent is left", lambda: not list(self.kube.list_all(_SYSTEM_PODS, AGENT_LABEL)))
-        finally:
-            for node in self.nodes.values():
-                node.start_kubelet()
+            # A controller may have made new pods meanwhile; without a kubelet they cannot start.
+            for label in (AGENT_LABEL, OPERATOR_LABEL):
+                until("none is left", partial(self._none_is_left, label))
+
+    def _none_is_left(self, label: str) -> bool:
+        left = list(self.kube.list_all(_SYSTEM_PODS, label))
+        for body in left:
+            self.delete_pod(body, 0)
+        return not left
 
     def install(self, *more: str) -> None:
         """Install the chart with simulated GPUs, or bring it back to what it was."""
