@@ -1,7 +1,6 @@
 """Two operators beside a real API server: one leads, and what it began is finished by the other, once."""
 
 import json
-import math
 import signal
 import threading
 import time
@@ -10,29 +9,16 @@ from typing import Any
 
 import pytest
 from faulty_proxy import FaultyProxy, Gate, Request
-from operator_site import DECODE, PREFILL, Replica, Site, eventually, placed
+from operator_site import DECODE, PREFILL, Replica, Site, eventually, measured, placed
 from wattlock_api.constants import FINALIZER
 from wattlock_operator.kube import NODE_ENERGIES, POLICIES
 from wattlock_operator.lease import DURATION_SECONDS, LEADING_SECONDS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-KWH = 3.6e6
 NODES = 10
 #: Orders of that many nodes are held up on their way; all at once, by apply.PARALLEL.
 GATED = 6
-
-
-def measured(capped_kwh: float) -> dict[str, Any]:
-    """What an agent tells of an instance that needs 0.8 of the energy under the cap: a quarter of it is saved."""
-    mean, pairs = math.log(0.8), 60
-    energy = {"total": f"{pairs * mean:.9f}", "squares": f"{pairs * (mean**2 + 1e-6):.9f}"}
-    return {
-        "energyJoules": f"{capped_kwh * KWH:.1f}",
-        "arms": [{"capMHz": 1590, "joules": f"{capped_kwh * KWH:.1f}"}],
-        "pairStats": [{"capMHz": 1590, "pairs": pairs, "energy": energy}],
-        "tokensPerSecond": "1000",
-    }
 
 
 class History:

@@ -1,32 +1,17 @@
 """The sum of what was saved, through a real API server: operators restart, and another one leads for a while."""
 
 import json
-import math
 import signal
 import time
 from typing import Any
 
 import pytest
-from operator_site import DECODE, PREFILL, eventually, placed
+from operator_site import DECODE, KWH, PREFILL, eventually, measured, placed
 from wattlock_api.base import timestamp
 from wattlock_api.constants import LEASE_NAME
 from wattlock_operator.kube import lease_path
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
-
-KWH = 3.6e6
-
-
-def measured(capped_kwh: float) -> dict[str, Any]:
-    """What an agent tells of an instance that needs 0.8 of the energy under the cap: a quarter of it is saved."""
-    mean, pairs = math.log(0.8), 60
-    energy = {"total": f"{pairs * mean:.9f}", "squares": f"{pairs * (mean**2 + 1e-6):.9f}"}
-    return {
-        "energyJoules": f"{capped_kwh * KWH:.1f}",
-        "arms": [{"capMHz": 1590, "joules": f"{capped_kwh * KWH:.1f}"}],
-        "pairStats": [{"capMHz": 1590, "pairs": pairs, "energy": energy}],
-        "tokensPerSecond": "1000",
-    }
 
 
 def test_what_was_saved_outlives_operators(site, good_policy):
