@@ -50,6 +50,9 @@ class DriverSession:
         self._reopen_at_seconds = float("-inf")
         self._problem: GpuError | None = None
         self._transient: dict[str, int] = {}
+        self._all_lost = 0
+        """Sessions in a row that ended because every GPU was lost."""
+        self._all_lost_next_seconds = float("-inf")
         self.errors: dict[tuple[str, str], int] = {}
         """Failures so far, by (call, fault)."""
 
@@ -73,9 +76,17 @@ class DriverSession:
             self._close(error, now_seconds)
             return Scan(self._session, None, problem=error)
         scan = Scan(self._session, self._info, self._gpus, readings, faults, None, may_write)
+        if readings:
+            self._all_lost, self._all_lost_next_seconds = 0, float("-inf")
         if any(count >= MAX_TRANSIENT for count in self._transient.values()):
             _log.warning("a GPU failed %d times in a row, opening the driver anew", MAX_TRANSIENT)
             self._close(next(iter(faults.values()), None), now_seconds - REOPEN_SECONDS)
+        elif faults and not readings and now_seconds >= self._all_lost_next_seconds:
+            # One GPU may fall off its bus; all at once means that our session is dead, as after a reload of the driver.
+            _log.warning("every GPU is lost, opening the driver anew")
+            pause_seconds = min(REOPEN_SECONDS * 2**self._all_lost, LIST_SECONDS)
+            self._all_lost, self._all_lost_next_seconds = min(self._all_lost + 1, 8), now_seconds + pause_seconds
+            self._close(next(iter(faults.values())), now_seconds - REOPEN_SECONDS)
         return scan
 
     def lock(self, uuid: str, low_mhz: int, high_mhz: int) -> None:

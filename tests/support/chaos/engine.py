@@ -118,7 +118,7 @@ class Engine:
             if found.locked and now - began > limit:
                 raise BrokenError(f"after {within_seconds:.0f} s: {_told(found.locked)}")
             # What is wanted can be back only once the pods that want it are.
-            if now - (complete_at or began + COMPLETE_SECONDS) > limit:
+            if last and now - (complete_at or began + COMPLETE_SECONDS) > limit:
                 raise BrokenError(f"after {now - began:.0f} s: {last}")
             time.sleep(POLL_SECONDS)
 

@@ -257,6 +257,38 @@ def test_a_lost_gpu_is_left_alone_and_its_instance_released(make_node, make_orde
     assert node.locked() == {"GPU-0", "GPU-1"}
 
 
+def test_a_session_in_which_every_gpu_is_lost_is_opened_anew_at_once(make_node, make_order, monkeypatch):
+    """As after a reload of the driver: whoever had it open hears GPU_IS_LOST until he opens it anew."""
+    node = make_node()
+    node.order(make_order())
+    node.run(3)
+    opened = node.driver.open
+
+    def open_anew():
+        node.driver.faults.clear()
+        return opened()
+
+    monkeypatch.setattr(node.driver, "open", open_anew)
+    for _ in range(2):
+        node.driver.locks.clear()
+        node.driver.faults |= {gpu.uuid: GpuFault.GPU_LOST for gpu in node.driver.gpus}
+        node.run(8)
+        assert node.locked() == {"GPU-0"}
+
+
+def test_gpus_that_stay_lost_are_asked_for_ever_more_seldom(make_node, make_order, monkeypatch):
+    node = make_node()
+    node.order(make_order())
+    node.run(3)
+    times, opened = [], node.driver.open
+    monkeypatch.setattr(node.driver, "open", lambda: times.append(node.now_seconds) or opened())
+    node.driver.faults |= {gpu.uuid: GpuFault.GPU_LOST for gpu in node.driver.gpus}
+    node.run(600)
+    assert 8 <= len(times) <= 16
+    assert 59 <= times[-1] - times[-2] <= 62
+    assert node.reasons()["GPU-0"] == "GPULost"
+
+
 def test_a_single_failed_reading_changes_nothing(make_node, make_order):
     node = make_node()
     node.order(make_order())
