@@ -20,6 +20,7 @@ POLL_SECONDS = 0.3
 STEADY_SECONDS = 1.0
 TWO_AT_ONCE_SHARE = 0.15
 EVERYTHING = "everything"
+API = "api"
 
 
 class BrokenError(AssertionError):
@@ -178,31 +179,47 @@ class Engine:
         return set(wrong(world).locked)
 
     def _do(self, step: Step, seconds: list[float]) -> None:
-        """Let the faults happen side by side: each does its first part, then all wait, and so on."""
+        """Let the faults happen side by side: each does its first part, then all wait, and so on.
+
+        An outage of the API server comes and goes while the other fault lasts: most faults begin and end through it.
+        """
         rng = step.rng
-        running: list[Iterator[Stage]] = [fault.do(self._site, rng) for fault in step.faults]
+        outages = [fault.do(self._site, rng) for fault in step.faults if API in fault.touches]
+        others = [fault.do(self._site, rng) for fault in step.faults if API not in fault.touches]
+        alone = len(step.faults) == 1
         try:
-            while running:
-                stages: list[Stage] = []
-                for doing in list(running):
-                    stage = next(doing, None)
-                    if stage is None:
-                        running.remove(doing)
-                    else:
-                        stages.append(stage)
-                alone = len(step.faults) == 1
-                for stage in stages:
-                    if isinstance(stage, Hold):
-                        time.sleep(stage.seconds)
-                    elif isinstance(stage, Released):
-                        took = self.released(stage)
-                        # How long nobody may have been heard of is no time of ours.
-                        seconds.append(took if stage.within_seconds <= RESTORE_SECONDS else 0.0)
-                    elif alone:
-                        seconds.append(self.settle(healthy=False))
+            running = list(others)
+            while running or outages:
+                stages = self._next(running)
+                while during := self._next(outages):
+                    self._wait(during, seconds, alone=alone)
+                self._wait(stages, seconds, alone=alone)
         finally:
-            for doing in running:
+            for doing in (*outages, *others):
                 doing.close()  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _next(running: list[Iterator[Stage]]) -> list[Stage]:
+        """Let each do its next part; those that are done leave the list."""
+        stages: list[Stage] = []
+        for doing in list(running):
+            stage = next(doing, None)
+            if stage is None:
+                running.remove(doing)
+            else:
+                stages.append(stage)
+        return stages
+
+    def _wait(self, stages: list[Stage], seconds: list[float], *, alone: bool) -> None:
+        for stage in stages:
+            if isinstance(stage, Hold):
+                time.sleep(stage.seconds)
+            elif isinstance(stage, Released):
+                took = self.released(stage)
+                # How long nobody may have been heard of is no time of ours.
+                seconds.append(took if stage.within_seconds <= RESTORE_SECONDS else 0.0)
+            elif alone:
+                seconds.append(self.settle(healthy=False))
 
     def table(self) -> str:
         """Return what happened, fault by fault."""
