@@ -11,6 +11,7 @@ from chart_rights import CHART
 from wattlock_api.constants import Mode
 from wattlock_api.energypolicy import Placement
 from wattlock_operator.placement import daemon_set
+from wattlock_operator.sharing import Shared
 
 pytestmark = [pytest.mark.cluster]
 
@@ -42,7 +43,7 @@ def templates(*sets: str) -> dict[str, dict[str, Any]]:
         elif o["kind"] == "ConfigMap" and "agent-daemonset.yaml" in o["data"]:
             made = yaml.safe_load(o["data"]["agent-daemonset.yaml"])
             for mode in Mode:
-                found[f"agent {mode}"] = daemon_set(made, Placement(), mode, "x")["spec"]["template"]
+                found[f"agent {mode}"] = daemon_set(made, Shared((Placement(),), mode), "x")["spec"]["template"]
     return found
 
 
