@@ -112,7 +112,7 @@ def test_the_operator_lives_under_restricted_and_the_agents_in_a_namespace_of_th
         workload.deploy(serving("decode", 2), serving("prefill", 1))
         workload.kubectl.apply(good_policy | {"spec": good_policy["spec"] | ALWAYS})
         eventually("decode is locked", workload.locked, 60)
-        assert len(agents(kubectl, AGENTS)) == 2
+        eventually("both agents are ready", lambda: len(agents(kubectl, AGENTS)) == 2, 60)
         assert agents(kubectl) == []
         # Without the room that they need agents are refused, and the reason is where status sends people to look.
         kubectl.run("label", "namespace", AGENTS, f"{LEVEL}=restricted", "--overwrite")

@@ -19,7 +19,7 @@ def asked(policy, mhz):
 
 def caps(simulator, gpus):
     found = simulator.gpus()
-    return sorted(found[uuid]["lock_mhz"][1] if found[uuid]["lock_mhz"] else 0 for uuid in gpus)
+    return sorted(found[uuid]["lock_mhz"] or 0 for uuid in gpus)
 
 
 def test_a_clock_goes_out_in_steps_and_one_that_hurts_comes_back(serving_pods, simulator, good_policy):
@@ -37,7 +37,7 @@ def test_a_clock_goes_out_in_steps_and_one_that_hurts_comes_back(serving_pods, s
     assert "ms" in ready["message"]
     assert serving_pods.pool("decode")["rollout"]["phase"] == "RolledBack"
     events = serving_pods.kubectl.get("events", "--field-selector", "involvedObject.name=qwen")["items"]
-    told = [event["reason"] for event in sorted(events, key=lambda event: event["metadata"]["name"])]
+    told = [event["reason"] for event in sorted(events, key=lambda event: int(event["metadata"]["resourceVersion"]))]
     for earlier, later in (("RollingOut", "RolledOut"), ("RolledOut", "RolledBack")):
         assert told.index(earlier) < told.index(later), told
     assert "Breached" in told
