@@ -22,6 +22,8 @@ WATCH_RETRY_SECONDS = 1.0
 MAX_WATCH_RETRY_SECONDS = 30.0
 #: Watches that held for so long had worked.
 WORKED_SECONDS = 60.0
+#: A task that was cancelled has so long to end.
+EXIT_SECONDS = 15.0
 
 
 async def _watch(reconciler: Reconciler, metrics: Metrics, stop: asyncio.Event) -> None:
@@ -85,9 +87,15 @@ async def run(settings: Settings, stop: asyncio.Event | None = None) -> int:
     finally:
         for task in tasks:
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)
+        ended, hung = await asyncio.wait(tasks, timeout=EXIT_SECONDS)
+        await asyncio.gather(*ended, return_exceptions=True)
         await reconciler.stop()
         await asyncio.to_thread(server.shutdown)
         server.server_close()
+    if hung:
+        # Kopf's watches, cancelled while they were ending after a failure, were seen to wait for ever; the end of the
+        # event loop would wait for them, too.
+        log.error("%s did not end: leaving without", " and ".join(sorted(task.get_name() for task in hung)))
+        logging.shutdown()
+        os._exit(1)
     return status
