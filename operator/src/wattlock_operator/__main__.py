@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for chatty in ("kopf", "urllib3", "kubernetes", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.INFO if options.verbose else logging.WARNING)
+    # Kopf runs in a thread of its own; the signals are ours.
+    logging.getLogger("kopf._core.reactor.running").addFilter(lambda record: "OS signals" not in record.getMessage())
     try:
         settings = from_environment(os.environ)
         match options.command:
