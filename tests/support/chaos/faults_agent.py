@@ -134,7 +134,7 @@ def daemonset_deleted(site: Site, rng: Random) -> Iterator[Stage]:
     yield Hold(rng.uniform(1, 3))
 
 
-@fault("policy deleted while its agent is dead", "agents policies nodes", 0.7)
+@fault("policy deleted while its agent is dead", "agents policies nodes", 0.7, in_tests=False)
 def policy_deleted_while_dead(site: Site, rng: Random) -> Iterator[Stage]:
     """The agent is killed on a node whose kubelet is down, so nobody starts it; its policy is deleted meanwhile. The
     GPU stays locked until the agent's return, and not 60 s longer."""

@@ -108,7 +108,7 @@ def foreign_lock_stays(site: Site, rng: Random) -> Iterator[Stage]:
     assert kept == 1200 << 32 | 1200, f"the lock that somebody else had on {uuid} was changed to {kept:#x}"
 
 
-@fault("journal's disk full", "journal policies")
+@fault("journal's disk full", "journal policies", in_tests=False)
 def disk_full(site: Site, rng: Random) -> Iterator[Stage]:
     """The disk of the journal is full while caps change: nothing is locked without a record."""
     node = site.nodes[some_node(site, rng)]

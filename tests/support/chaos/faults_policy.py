@@ -41,7 +41,7 @@ def observe(site: Site, rng: Random) -> Iterator[Stage]:
     site.apply_policies()
 
 
-@fault("all policies switched to Observe", "policies agents daemonset", 0.7)
+@fault("all policies switched to Observe", "policies agents daemonset", 0.7, in_tests=False)
 def all_observe(site: Site, rng: Random) -> Iterator[Stage]:
     """Every policy is switched to Observe: agents lose their capability, but not before their locks are undone."""
     for name in POLICIES_NAMES:
@@ -125,7 +125,7 @@ def namespace_deleted(site: Site, rng: Random) -> Iterator[Stage]:
     site.apply_policies()
 
 
-@fault("Wattlock's namespace deleted", "everything", 0.3)
+@fault("Wattlock's namespace deleted", "everything", 0.3, in_tests=False)
 def system_namespace_deleted(site: Site, rng: Random) -> Iterator[Stage]:
     """Operator and agents go with their namespace, with nobody to wait for them: agents release as they stop."""
     site.kube.delete(f"/api/v1/namespaces/{SYSTEM}")

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from chaos.nodes import DRIVER, JOURNAL, ROOT, Node, pids_of_container, signal_all
 from chaos.truth import parse_pod
+from wattlock_api.constants import LEASE_NAME
 from wattlock_operator.kube import (
     NODES,
     POLICIES,
@@ -19,6 +20,7 @@ from wattlock_operator.kube import (
     KubeError,
     connect,
     daemon_sets_path,
+    lease_path,
     node_energy_path,
     policy_path,
 )
@@ -158,6 +160,8 @@ class Site:
                     signal_all(pids_of_container(container_id), signal.SIGKILL)
                 self.delete_pod(body, 0)
             self.kube.delete(workload_path("Deployment", "wattlock-operator", SYSTEM))
+            # Or the next operator would wait for a minute.
+            self.kube.delete(lease_path(SYSTEM, LEASE_NAME))
             for body in self.kube.list_all(daemon_sets_path(SYSTEM), AGENT_LABEL):
                 self.kube.delete(daemon_sets_path(SYSTEM, body["metadata"]["name"]))
             # A controller may have made new pods meanwhile; without a kubelet they cannot start.
