@@ -148,6 +148,18 @@ def _lock_owners(world: World, placed: str) -> set[str]:
     return owners
 
 
+def _orphaned_locks(world: World) -> set[str]:
+    """Return the UIDs of the policies with reported locks on nodes where no agent is now, whoever served them."""
+    served = {pod.node for pod in world.agent_pods()}
+    return {
+        gpu.policy_uid or ""
+        for name, node_energy in world.node_energies.items()
+        if name in world.nodes and name not in served and node_energy.status is not None
+        for gpu in node_energy.status.gpus
+        if gpu.uuid in locked_uuids(node_energy.status)
+    }
+
+
 def plan_daemon_sets(world: World, template: Mapping[str, Any], releasing: Iterable[str]) -> DaemonSets:
     """Return the DaemonSets to write and to delete.
 
@@ -181,13 +193,15 @@ def plan_daemon_sets(world: World, template: Mapping[str, Any], releasing: Itera
         if present is None or present.fingerprint != manifest["metadata"]["annotations"][FINGERPRINT_ANNOTATION]:
             apply.append(manifest)
     unclear = any(policy.spec is None for policy in world.policies)
+    orphaned = _orphaned_locks(world)
     delete = (
         ()
         if unclear
         else tuple(
             entry.name
             for entry in world.daemon_sets
-            if entry.placement not in wanted and locking[entry.placement] <= alive
+            # An agent that comes back to a node that was given up must find a way to run: it undoes what was left.
+            if entry.placement not in wanted and locking[entry.placement] | orphaned <= alive
         )
     )
     overruled = {policy.uid: overruled_sentence(shared) for shared in wanted.values() for policy in shared.overruled}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from operator_worlds import GPU_NODE, agent_pod, gpu, node_energy, policy, world
-from wattlock_api.constants import PLACEMENT_LABEL, Mode
+from wattlock_api.constants import PLACEMENT_LABEL, GpuState, Mode
 from wattlock_api.energypolicy import Placement, Toleration
 from wattlock_operator.placement import TemplateError, daemon_set, plan_daemon_sets
 from wattlock_operator.sharing import placement_hash, share
@@ -122,6 +122,15 @@ LOCKED = {"node_energies": [node_energy(gpus=[gpu()])], "pods": [agent_pod("n1",
 def test_agents_outlive_the_locks_of_policies_that_go(policies, options, releasing, deleted):
     plan = plan_daemon_sets(world(policies, **options), TEMPLATE, releasing)
     assert (plan.delete == (f"wattlock-agent-{HASH}",)) is deleted
+
+
+def test_agents_outlive_a_lock_that_was_given_up_on_a_node_without_an_agent():
+    """Its policy is gone by ``abandon-unreachable-nodes``, the lock is not: only an agent that starts there undoes it."""
+    left = LOCKED | {"pods": []}
+    assert plan_daemon_sets(world(**left), TEMPLATE, ()).delete == ()
+    assert plan_daemon_sets(world(**left, nodes=()), TEMPLATE, ()).delete != (), "unless the node is gone, too"
+    undone = left | {"node_energies": [node_energy(gpus=[gpu(state=GpuState.RELEASED, reason="NoOrder")])]}
+    assert plan_daemon_sets(world(**undone), TEMPLATE, ()).delete != ()
 
 
 def test_a_policy_that_is_not_understood_keeps_all_agents():
