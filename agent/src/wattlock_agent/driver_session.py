@@ -38,6 +38,10 @@ class Scan:
     may_write: bool = False
 
 
+def _all_lost(faults: Mapping[str, GpuError]) -> bool:
+    return bool(faults) and all(error.fault is GpuFault.GPU_LOST for error in faults.values())
+
+
 class DriverSession:
     """The open driver. All calls come from one thread."""
 
@@ -81,7 +85,7 @@ class DriverSession:
         if any(count >= MAX_TRANSIENT for count in self._transient.values()):
             _log.warning("a GPU failed %d times in a row, opening the driver anew", MAX_TRANSIENT)
             self._close(next(iter(faults.values()), None), now_seconds - REOPEN_SECONDS)
-        elif faults and not readings and now_seconds >= self._all_lost_next_seconds:
+        elif not readings and _all_lost(faults) and now_seconds >= self._all_lost_next_seconds:
             # One GPU may fall off its bus; all at once means that our session is dead, as after a reload of the driver.
             _log.warning("every GPU is lost, opening the driver anew")
             pause_seconds = min(REOPEN_SECONDS * 2**self._all_lost, LIST_SECONDS)

@@ -48,8 +48,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     # With few places and 5 s, its default, a tenant with some hundred objects keeps everybody's events waiting.
     settings.queueing.worker_limit = 1024
     settings.queueing.idle_timeout = 0.5
-    # Watches that fail and then do not end: Kopf kills the process, which is started anew. Counted from the failure, and
-    # in vain if its event loop is closed by then, as it should be.
+    # Watches that fail and then do not end for so long: Kopf kills the process, which is started anew.
     settings.process.ultimate_exiting_timeout = 20
     settings.persistence.finalizer = f"{GROUP}/of-no-handler"
 

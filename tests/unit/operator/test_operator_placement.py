@@ -125,7 +125,7 @@ def test_agents_outlive_the_locks_of_policies_that_go(policies, options, releasi
 
 
 def test_agents_outlive_a_lock_that_was_given_up_on_a_node_without_an_agent():
-    """Its policy is gone by ``abandon-unreachable-nodes``, the lock is not: only an agent that starts there undoes it."""
+    """Its policy is gone by ``abandon-unreachable-nodes``: only an agent that starts there undoes it."""
     left = LOCKED | {"pods": []}
     assert plan_daemon_sets(world(**left), TEMPLATE, ()).delete == ()
     assert plan_daemon_sets(world(**left, nodes=()), TEMPLATE, ()).delete != (), "unless the node is gone, too"
