@@ -1,6 +1,7 @@
 """Runs the operator: Kopf's watches, the reconcile task, the lease and the HTTP server."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -26,34 +27,59 @@ WORKED_SECONDS = 60.0
 EXIT_SECONDS = 15.0
 
 
-def _watch(reconciler: Reconciler, metrics: Metrics, stop: threading.Event) -> None:
-    """Run Kopf's watches until ``stop``, in a thread and with an event loop of their own.
+class _Watches:
+    """Kopf's watches, in a thread and with an event loop of their own.
 
     Kopf ends when the API server answers a watch with anything that it does not expect. That is no reason for the
     process to end: the watches begin anew, from a whole list. But when Kopf ends, it cancels every task of its event
-    loop that is younger than itself and waits for them (kopf, running.run_tasks), so none of ours may live there; and
-    it was seen to wait for ever.
+    loop that is younger than itself and waits for them (kopf, running.run_tasks), so none of ours may live there.
     """
-    kopf_settings = kopf.OperatorSettings()
-    handlers.configure(kopf_settings)
-    pause_seconds = WATCH_RETRY_SECONDS
-    while not stop.is_set():
-        began_seconds = now_seconds()
-        try:
-            kopf.run(
-                registry=handlers.register(reconciler.store, reconciler.kinds_changed),
-                settings=kopf_settings,
-                standalone=True,
-                clusterwide=True,
-                stop_flag=stop,
-            )
-        except Exception as error:
-            log.warning("the watches ended, they begin anew in %.0f s: %r", pause_seconds, error)
-            metrics.failed("watch")
-        if now_seconds() - began_seconds > WORKED_SECONDS:
-            pause_seconds = WATCH_RETRY_SECONDS
-        stop.wait(pause_seconds)
-        pause_seconds = min(2 * pause_seconds, MAX_WATCH_RETRY_SECONDS)
+
+    def __init__(self, reconciler: Reconciler, metrics: Metrics) -> None:
+        self._reconciler, self._metrics = reconciler, metrics
+        self._settings = kopf.OperatorSettings()
+        handlers.configure(self._settings)
+        self._stopped = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._flag = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="watches", daemon=True)
+        self._thread.start()
+
+    def end(self) -> bool:
+        """End them; return whether they did, in time. Blocking."""
+        self._stopped.set()
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(self._flag.set)
+        self._thread.join(EXIT_SECONDS)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        pause_seconds = WATCH_RETRY_SECONDS
+        while not self._stopped.is_set():
+            began_seconds = now_seconds()
+            try:
+                asyncio.run(self._watch())
+            except Exception as error:
+                log.warning("the watches ended, they begin anew in %.0f s: %r", pause_seconds, error)
+                self._metrics.failed("watch")
+            if now_seconds() - began_seconds > WORKED_SECONDS:
+                pause_seconds = WATCH_RETRY_SECONDS
+            self._stopped.wait(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, MAX_WATCH_RETRY_SECONDS)
+
+    async def _watch(self) -> None:
+        # Not the threading.Event: Kopf waits for one in a thread that the loop joins as it ends.
+        self._flag, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        if self._stopped.is_set():
+            return
+        await kopf.operator(
+            registry=handlers.register(self._reconciler.store, self._reconciler.kinds_changed),
+            settings=self._settings,
+            standalone=True,
+            clusterwide=True,
+            stop_flag=self._flag,
+        )
 
 
 async def run(settings: Settings) -> int:
@@ -73,9 +99,7 @@ async def run(settings: Settings) -> int:
         asyncio.create_task(reconciler.run(), name="reconcile"),
         asyncio.create_task(reconciler.lead(), name="lease"),
     }
-    no_more_watches = threading.Event()
-    watches = threading.Thread(target=_watch, args=(reconciler, metrics, no_more_watches), name="watches", daemon=True)
-    watches.start()
+    watches = _Watches(reconciler, metrics)
     status = 0
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -85,15 +109,14 @@ async def run(settings: Settings) -> int:
                 log.error("%s ended: %r", task.get_name(), error)
                 status = 1
     finally:
-        no_more_watches.set()
         await reconciler.stop()  # first, so that the next operator begins at once
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(server.shutdown)
         server.server_close()
-        await asyncio.to_thread(watches.join, EXIT_SECONDS)
-    if watches.is_alive():
+        ended = await asyncio.to_thread(watches.end)
+    if not ended:
         log.warning("the watches do not end: leaving without them")
         logging.shutdown()
         os._exit(status)

@@ -12,7 +12,7 @@ PROGRAM = textwrap.dedent(
     from wattlock_operator.reconcile import Reconciler
     from wattlock_operator.settings import from_environment
 
-    def watches_that_do_not_end(**_):
+    async def watches_that_do_not_end(**_):
         time.sleep(3600)
 
     async def done(self):
@@ -21,7 +21,7 @@ PROGRAM = textwrap.dedent(
     async def nothing(self):
         await asyncio.sleep(60)
 
-    kopf.run, run.connect, run.EXIT_SECONDS = watches_that_do_not_end, lambda: None, 0.3
+    kopf.operator, run.connect, run.EXIT_SECONDS = watches_that_do_not_end, lambda: None, 0.3
     Reconciler.run, Reconciler.lead, Reconciler.stop = done, nothing, done
     logging.basicConfig()
     settings = from_environment({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_HTTP_PORT": "0"})
