@@ -48,9 +48,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     # With few places and 5 s, its default, a tenant with some hundred objects keeps everybody's events waiting.
     settings.queueing.worker_limit = 1024
     settings.queueing.idle_timeout = 0.5
-    # Watches that fail and then do not end for so long: Kopf kills the process, which is started anew. An end was seen
-    # to take more than 20 s on a busy machine.
-    settings.process.ultimate_exiting_timeout = 120
+    settings.process.ultimate_exiting_timeout = None  # it would kill the process; see run._abandon
     settings.persistence.finalizer = f"{GROUP}/of-no-handler"
 
 

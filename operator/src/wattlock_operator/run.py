@@ -23,7 +23,8 @@ WATCH_RETRY_SECONDS = 1.0
 MAX_WATCH_RETRY_SECONDS = 30.0
 #: Watches that held for so long had worked.
 WORKED_SECONDS = 60.0
-#: The watches have so long to end.
+#: The tasks of watches that ended have so long to follow, and their thread when the process leaves.
+ABANDON_SECONDS = 5.0
 EXIT_SECONDS = 15.0
 
 
@@ -58,28 +59,49 @@ class _Watches:
         pause_seconds = WATCH_RETRY_SECONDS
         while not self._stopped.is_set():
             began_seconds = now_seconds()
+            loop = asyncio.new_event_loop()
             try:
-                asyncio.run(self._watch())
+                loop.run_until_complete(self._watch())
             except Exception as error:
                 log.warning("the watches ended, they begin anew in %.0f s: %r", pause_seconds, error)
                 self._metrics.failed("watch")
+            finally:
+                _abandon(loop)
             if now_seconds() - began_seconds > WORKED_SECONDS:
                 pause_seconds = WATCH_RETRY_SECONDS
             self._stopped.wait(pause_seconds)
             pause_seconds = min(2 * pause_seconds, MAX_WATCH_RETRY_SECONDS)
 
     async def _watch(self) -> None:
-        # Not the threading.Event: Kopf waits for one in a thread that the loop joins as it ends.
         self._flag, self._loop = asyncio.Event(), asyncio.get_running_loop()
         if self._stopped.is_set():
             return
-        await kopf.operator(
+        # Not kopf.operator: it waits until all its tasks have ended, which after a failure was seen to take for ever.
+        tasks = await kopf.spawn_tasks(
             registry=handlers.register(self._reconciler.store, self._reconciler.kinds_changed),
             settings=self._settings,
             standalone=True,
             clusterwide=True,
             stop_flag=self._flag,
         )
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+
+def _abandon(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what is left in a loop, wait for it a little, and close the loop."""
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        ended, hung = loop.run_until_complete(asyncio.wait(left, timeout=ABANDON_SECONDS))
+        for task in ended:
+            if not task.cancelled():
+                task.exception()  # looked at, so that asyncio does not complain: the first failure is told
+        if hung:
+            log.warning("%d task(s) of the watches did not end", len(hung))
+    loop.close()
 
 
 async def run(settings: Settings) -> int:

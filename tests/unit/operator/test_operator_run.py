@@ -21,7 +21,7 @@ PROGRAM = textwrap.dedent(
     async def nothing(self):
         await asyncio.sleep(60)
 
-    kopf.operator, run.connect, run.EXIT_SECONDS = watches_that_do_not_end, lambda: None, 0.3
+    kopf.spawn_tasks, run.connect, run.EXIT_SECONDS = watches_that_do_not_end, lambda: None, 0.3
     Reconciler.run, Reconciler.lead, Reconciler.stop = done, nothing, done
     logging.basicConfig()
     settings = from_environment({"WATTLOCK_NAMESPACE": "w", "WATTLOCK_HTTP_PORT": "0"})
