@@ -13,7 +13,17 @@
 import math
 from dataclasses import replace
 
-from wattlock_operator.tuning.arms import STEP, Choose, Confirm, Try, is_clear, judged, next_arm, usable_clocks
+from wattlock_operator.tuning.arms import (
+    STEP,
+    Choose,
+    Confirm,
+    Try,
+    floor_mhz,
+    is_clear,
+    judged,
+    next_arm,
+    usable_clocks,
+)
 from wattlock_operator.tuning.evidence import breach, costs_energy, grown
 from wattlock_operator.tuning.model import NO_PAIRS, Goal, Observation, Outcome, Phase, Trial, Tuning
 from wattlock_operator.tuning.regime import follow, is_other_kind, moved
@@ -153,7 +163,8 @@ def _advance(state: Tuning, goal: Goal, seen: Observation, start_mhz: int | None
     trials = tuple(judged(trial, goal) for trial in state.trials)
     state = replace(state, trials=trials)
     current = state.trial(state.current_mhz)
-    if current is not None and current.outcome is Outcome.OPEN:
+    # An arm above it may turn out to be too slow by pairs that were reported late: then it is out of question itself.
+    if current is not None and current.outcome is Outcome.OPEN and current.cap_mhz > (floor_mhz(trials) or 0):
         others = [trial for trial in trials if trial.cap_mhz != current.cap_mhz]
         if state.confirming or not is_clear(current, others, goal):
             return state
