@@ -123,8 +123,8 @@ def _start(state: Tuning, goal: Goal, seen: Observation, patience: Patience) -> 
         return replace(state, since_seconds=seen.now_seconds, note=note)
     if _has_moved(state, seen, patience):
         state = replace(state, regime=replace(seen.regime, power_limited=None), moved_since_seconds=None)
-    patience = START_SECONDS if seen.released_mhz is not None else CLOCK_SECONDS
-    if _age_seconds(state, seen) < patience or too_many_tripped(seen):
+    look_seconds = START_SECONDS if seen.released_mhz is not None else CLOCK_SECONDS
+    if _age_seconds(state, seen) < look_seconds or too_many_tripped(seen):
         return replace(state, note="looking at the released pool before the first cap")
     highest = max(seen.supported_mhz)
     top = highest if seen.released_mhz is None else min(highest, seen.released_mhz)
