@@ -66,7 +66,9 @@ def test_a_pool_finds_its_clock_and_looks_again(workload: Workload, simulator: S
     eventually("it has chosen", lambda: tuning().get("phase") == "Settled", SEARCH_SECONDS, 2)
     chosen, (oracle, most) = tuning()["capMHz"], best(simulator)
     saving = simulator.truth(chosen, batch=BATCH)["energy_percent"]
-    print(f"{tuning()['message']}; tried {tried()}; best {oracle} MHz, {most:.1f} %; chosen {chosen} MHz, {saving:.1f} %")
+    print(
+        f"{tuning()['message']}; tried {tried()}; best {oracle} MHz, {most:.1f} %; chosen {chosen} MHz, {saving:.1f} %"
+    )
     assert tuning()["searches"] == 1, "a killed operator or agent begins no second search"
     assert len(tried()) == len(set(tried())), "no arm was measured twice"
     assert oracle * STEP <= chosen <= oracle / STEP

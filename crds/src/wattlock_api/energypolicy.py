@@ -172,7 +172,7 @@ class Guardrail(ApiModel):
     """When serving got worse: the node's agent releases the clock by itself, without the operator.
 
     The bounds on latency, queue and preemptions are judged in each reading of the metrics, and two readings in a row
-    must breach one. The two bounds in percent compare capped with released epochs, at 95 % confidence.
+    must breach one. The two bounds in percent compare capped with released epochs, at 99 % confidence.
     """
 
     max_throughput_loss_percent: Annotated[float, Field(ge=0.5, le=50)] = 2.0

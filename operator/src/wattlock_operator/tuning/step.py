@@ -69,7 +69,7 @@ def step(state: Tuning, goal: Goal, seen: Observation, patience: Patience = PATI
 def too_many_tripped(seen: Observation) -> bool:
     """Return whether the guardrail speaks against the cap: it released half of the instances, and two of several.
 
-    Each agent judges its instance at 95 % again and again, so now and then one is released by chance.
+    Each agent judges its instance at 99 % again and again, so now and then one is released by chance.
     """
     if seen.instances <= 1:
         return seen.tripped >= 1
