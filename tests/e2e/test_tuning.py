@@ -1,4 +1,4 @@
-"""A pool that is told no clock finds one, through killed operators and agents, and looks again when its work changes."""
+"""A pool that is told no clock finds one, through killed operators and agents; and again when its work changes."""
 
 from typing import Any
 
