@@ -126,7 +126,7 @@ def test_a_tuner_needs_the_released_epochs(kubectl, crds, namespace, good_policy
     here = kubectl.within(namespace)
     here.apply(tuned)
     tune = here.get("epol", "qwen")["spec"]["pools"][0]["clock"]["tune"]
-    assert tune == {"objective": "EnergyPerToken", "minSavingPercent": 1}
+    assert tune == {"objective": "EnergyPerToken", "minSavingPercent": 1, "reopenAfterSeconds": 600}
 
 
 def test_explain_reads_like_documentation(kubectl, crds):

@@ -141,7 +141,7 @@ def test_a_power_cap_that_binds_is_reported_as_such(workload, good_policy):
 def test_the_saving_is_verified_and_holds_the_truth(workload, simulator, good_policy):
     workload.deploy(serving("decode", 4), serving("prefill", 1))  # the shared pods hold the other three GPUs
     workload.kubectl.apply(edited(good_policy, verification={"controlShare": 0.5, "epochSeconds": 20}))
-    truth = simulator.true_saving_percent(1590)
+    truth = simulator.truth(1590)["energy_percent"]
 
     def verified():
         savings = workload.pool("decode").get("savings", {})

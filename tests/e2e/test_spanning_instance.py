@@ -44,7 +44,7 @@ def test_an_instance_on_two_nodes_is_compared_by_the_energy_of_both(kubectl, wor
     assert worker["epochs"], "the other node tells the power of its epochs"
     assert "joulesPerGeneratedToken" not in leader, "one node's energy is not that of all"
     # Both GPUs do the same work, so the saving of the two together is that of one.
-    truth = math.log(1 - simulator.true_saving_percent(1590) / 100)
+    truth = math.log(1 - simulator.truth(1590)["energy_percent"] / 100)
     assert float(stats["energy"]["total"]) / stats["pairs"] == pytest.approx(truth, abs=0.01)
     watts = {arm["capMHz"]: float(arm["joules"]) / float(arm["seconds"]) for arm in leader["arms"]}
     assert watts[0] > 900, f"{watts}: less than two busy GPUs draw"

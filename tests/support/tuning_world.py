@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from wattlock_operator.ledger import Tally
-from wattlock_operator.tuning.model import Goal, Observation, Phase, Regime, Tuning
+from wattlock_operator.tuning.model import PATIENCE, Goal, Observation, Patience, Phase, Regime, Tuning
 from wattlock_operator.tuning.step import step
 
 CLOCKS_MHZ = tuple(range(1980, 344, -15))
@@ -38,6 +38,7 @@ class PoolUnderTest:
     seed: int = 0
     regime: Regime | None = field(default_factory=lambda: Regime(32, 0.008, "a"))
     released_mhz: int | None = 1980
+    patience: Patience = PATIENCE
     tripped: int = 0
     trips_below_mhz: int = 0
     """The guardrail releases all instances at once under a cap below this."""
@@ -83,7 +84,7 @@ class PoolUnderTest:
         """Let time pass, measure, and let the tuner look."""
         self.now_seconds += seconds
         self.measure()
-        self.state = step(self.state, self.goal, self.observation())
+        self.state = step(self.state, self.goal, self.observation(), self.patience)
         return self.state
 
     def looks(self, most: int = 2000) -> Iterator[Tuning]:

@@ -115,12 +115,13 @@ class Simulator:
         return output
 
     @staticmethod
-    def true_saving_percent(cap_mhz: int, batch: int = 32, context: int = 4096) -> float:
-        """Return what a cap really saves for each token of the simulated GQA decode."""
+    def truth(cap_mhz: int, batch: int = 32, context: int = 4096) -> dict[str, Any]:
+        """Return what a cap really does to the simulated GQA decode."""
         command = [sys.executable, "-m", "wattlock_simulator", "truth", "--product", "H200", "--architecture", "GQA"]
         command += ["--batch", str(batch), "--context", str(context), "--cap", str(cap_mhz), "--json"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        return float(json.loads(result.stdout)["energy_percent"])
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
 
 
 def serving(role: str, replicas: int, batch: int = 32, context: int = 4096, gpus: int = 1) -> dict[str, Any]:

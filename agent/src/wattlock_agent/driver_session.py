@@ -12,6 +12,8 @@ _log = logging.getLogger(__name__)
 REOPEN_SECONDS = 5.0
 #: MIG mode and the set of GPUs can change while the driver is loaded.
 LIST_SECONDS = 60.0
+#: The same while a GPU is lost: only the list finds it again, and its lock may still be on it.
+LIST_LOST_SECONDS = 15.0
 #: Passing failures of one GPU in a row after which the driver is opened anew.
 MAX_TRANSIENT = 3
 
@@ -51,6 +53,10 @@ class DriverSession:
         self._info: DriverInfo | None = None
         self._gpus: tuple[GpuIdentity, ...] = ()
         self._listed_at_seconds = 0.0
+        self._known: frozenset[str] = frozenset()
+        """UUIDs of all GPUs that this session has listed."""
+        self._present: frozenset[str] = frozenset()
+        """Those that answered at the last reading, or failed for a passing reason."""
         self._reopen_at_seconds = float("-inf")
         self._problem: GpuError | None = None
         self._transient: dict[str, int] = {}
@@ -71,8 +77,8 @@ class DriverSession:
         if self._info is None:
             return Scan(self._session, None, problem=self._problem)
         try:
-            if now_seconds - self._listed_at_seconds >= LIST_SECONDS:
-                self._gpus, self._listed_at_seconds = self._driver.list_gpus(), now_seconds
+            if now_seconds - self._listed_at_seconds >= self._list_seconds():
+                self._list(now_seconds)
             readings, faults = self._read_all()
             may_write = self._driver.may_write()
         except GpuError as error:
@@ -127,7 +133,8 @@ class DriverSession:
         self._reopen_at_seconds = now_seconds + REOPEN_SECONDS
         try:
             info = self._driver.open()
-            self._gpus, self._listed_at_seconds = self._driver.list_gpus(), now_seconds
+            self._known = frozenset()
+            self._list(now_seconds)
         except GpuError as error:
             self._failed(error)
             self._driver.close()
@@ -140,6 +147,13 @@ class DriverSession:
         self._transient.clear()
         _log.info("driver %s open, %d GPUs", info.driver_version, len(self._gpus))
 
+    def _list(self, now_seconds: float) -> None:
+        self._gpus, self._listed_at_seconds = self._driver.list_gpus(), now_seconds
+        self._known |= {gpu.uuid for gpu in self._gpus}
+
+    def _list_seconds(self) -> float:
+        return LIST_LOST_SECONDS if self._known - self._present else LIST_SECONDS
+
     def _close(self, error: GpuError | None, reopen_from_seconds: float) -> None:
         self.close()
         self._transient.clear()
@@ -149,9 +163,11 @@ class DriverSession:
     def _read_all(self) -> tuple[dict[str, GpuReading], dict[str, GpuError]]:
         readings: dict[str, GpuReading] = {}
         faults: dict[str, GpuError] = {}
+        present: set[str] = set()
         for gpu in self._gpus:
             try:
                 readings[gpu.uuid] = self._driver.read(gpu.uuid)
+                present.add(gpu.uuid)
                 self._transient.pop(gpu.uuid, None)
             except GpuError as error:
                 if error.fault in (GpuFault.NO_DRIVER, GpuFault.DRIVER_MISMATCH):
@@ -159,7 +175,9 @@ class DriverSession:
                 self._failed(error)
                 faults[gpu.uuid] = error
                 if error.fault is not GpuFault.GPU_LOST:
+                    present.add(gpu.uuid)
                     self._transient[gpu.uuid] = self._transient.get(gpu.uuid, 0) + 1
+        self._present = frozenset(present)
         return readings, faults
 
     def _failed(self, error: GpuError) -> None:

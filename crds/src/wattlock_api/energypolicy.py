@@ -48,6 +48,12 @@ class Tune(ApiModel):
     """No cap below this is tried. Absent: the lowest that the GPUs support."""
     max_mhz: Annotated[int, Field(ge=100, le=5000)] | None = None
     """No cap above this is tried. Absent: the clock that the released GPUs run at."""
+    reopen_after_seconds: Annotated[int, Field(ge=60, le=86400)] = 600
+    """The work (batch, latency, pods, drivers, power limit) must be another one for so long before the search begins
+    anew, in seconds."""
+    rest_seconds: Annotated[int, Field(ge=0, le=604800)] | None = None
+    """For so long after a search no change of load begins another one, in seconds; other pods, GPUs or drivers do.
+    Absent: an hour, or four times as long as the last search took, if that is longer."""
 
 
 class Clock(ApiModel):
@@ -166,7 +172,7 @@ class Guardrail(ApiModel):
     """When serving got worse: the node's agent releases the clock by itself, without the operator.
 
     The bounds on latency, queue and preemptions are judged in each reading of the metrics, and two readings in a row
-    must breach one. The two bounds in percent compare capped with released epochs, at 95 % confidence.
+    must breach one. The two bounds in percent compare capped with released epochs, at 99 % confidence.
     """
 
     max_throughput_loss_percent: Annotated[float, Field(ge=0.5, le=50)] = 2.0

@@ -283,9 +283,10 @@ class Site:
     # --- pods --------------------------------------------------------------------------------------------------------
 
     def pods(self, namespace: str = NAMESPACE, selector: str = "") -> list[Json]:
-        """Return pods that are not going."""
+        """Return pods that are not going, and have not ended: a kubelet that restarts refuses some, and they stay."""
         items = self.kube.list_all(f"/api/v1/namespaces/{namespace}/pods", selector)
-        return [body for body in items if "deletionTimestamp" not in body["metadata"]]
+        ended = ("Failed", "Succeeded")
+        return [b for b in items if "deletionTimestamp" not in b["metadata"] and b["status"].get("phase") not in ended]
 
     def decode_pods(self, name: str = "") -> list[Json]:
         """Return the running decode pods of a policy, or of all."""

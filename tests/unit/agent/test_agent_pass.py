@@ -257,6 +257,22 @@ def test_a_lost_gpu_is_left_alone_and_its_instance_released(make_node, make_orde
     assert node.locked() == {"GPU-0", "GPU-1"}
 
 
+def test_a_lost_gpu_that_is_back_is_found_within_seconds(make_node, make_order):
+    """A list shows it no more while it is away (as NVML's does), so only the next list can show it again."""
+    node = make_node()
+    node.pods["GPU-1"] = (PodName("llm", "decode-0"),)
+    node.order(make_order())
+    node.run(3)
+    all_of_them = node.driver.gpus
+    node.driver.gpus = [gpu for gpu in all_of_them if gpu.uuid != "GPU-1"]
+    node.driver.faults["GPU-1"] = GpuFault.GPU_LOST
+    node.run(70)
+    node.driver.gpus = all_of_them
+    del node.driver.faults["GPU-1"]
+    node.run(20)
+    assert node.reasons()["GPU-1"] == "Locked"
+
+
 def test_a_session_in_which_every_gpu_is_lost_is_opened_anew_at_once(make_node, make_order, monkeypatch):
     """As after a reload of the driver: whoever had it open hears GPU_IS_LOST until he opens it anew."""
     node = make_node()

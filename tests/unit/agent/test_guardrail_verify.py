@@ -1,6 +1,7 @@
 """Guardrail, lock watch, prompt evidence and staleness: small state machines, each by its transitions."""
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -57,6 +58,25 @@ def pairs(*ratios):
     for number, ratio in enumerate(ratios):
         state = judge_pair(state, BOUNDS, float(number), PairRatios(ratio, None))
     return state
+
+
+def pairs_until_a_trip(loss, scatter, chance, most=100):
+    """Return after how many pairs an instance trips that loses so much; ``most`` if it does not."""
+    state = GuardrailState()
+    for number in range(most):
+        ratio = math.log(1 - loss) + chance.gauss(0, scatter)
+        state = judge_pair(state, BOUNDS, float(number), PairRatios(ratio, None))
+        if state.trips:
+            return number + 1
+    return most
+
+
+def test_scatter_alone_seldom_trips_and_a_real_loss_soon_does():
+    """A trip takes a rollout back, and every pair of every instance is a chance to trip for nothing."""
+    chance = random.Random(1)
+    seen = [pairs_until_a_trip(0.01, 0.03, chance) for _ in range(300)]
+    assert sum(pairs < 100 for pairs in seen) / sum(seen) < 1 / 1000
+    assert max(pairs_until_a_trip(0.05, 0.01, chance) for _ in range(100)) <= 8
 
 
 def test_a_clear_loss_trips_with_the_fourth_pair():

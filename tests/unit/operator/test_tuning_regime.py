@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 from tuning_world import PoolUnderTest, memory_bound
-from wattlock_operator.tuning.model import Outcome, Phase, Regime, Tuning
+from wattlock_api.energypolicy import Tune
+from wattlock_operator.tuning.model import MOVED_SECONDS, REST_SECONDS, Outcome, Patience, Phase, Regime, Tuning
+from wattlock_operator.tuning.pools import patience_of
 from wattlock_operator.tuning.progress import describe, duration_text, progress
 from wattlock_operator.tuning.regime import BATCH_FACTOR, moved
-from wattlock_operator.tuning.step import MOVED_SECONDS, NOTE_POWER_SECONDS, REST_SECONDS, START_SECONDS
+from wattlock_operator.tuning.step import NOTE_POWER_SECONDS, START_SECONDS
 
 HOUR = 3600.0
 
@@ -70,6 +72,16 @@ def test_load_that_comes_and_goes_searches_a_fifth_of_the_time_at_most(settled):
     while settled.state.phase is Phase.SETTLED:
         settled.look()
     assert settled.now_seconds - chosen_at == pytest.approx(8 * HOUR, abs=120)
+
+
+def test_the_policy_says_how_long_it_waits(settled):
+    settled.patience = patience_of(Tune(reopen_after_seconds=60, rest_seconds=300))
+    settled.state = replace(settled.state, took_seconds=2 * HOUR)
+    settled.regime = Regime(200, 0.03, "a")
+    for _ in range(4):
+        assert settled.look(60).phase is Phase.SETTLED
+    assert settled.look(60).phase is Phase.STARTING
+    assert patience_of(Tune()) == Patience()
 
 
 def test_other_pods_reopen_without_a_rest(settled):

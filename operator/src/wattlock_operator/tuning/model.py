@@ -46,6 +46,32 @@ class Goal:
         return None if bound is None else math.log1p(bound / 100)
 
 
+#: The work must be another one for so long before anything is done about it.
+MOVED_SECONDS = 600.0
+#: After a search the load may move as it likes for at least so long, and for REST_FACTOR times as long as the search
+#: took: a search costs about half of the saving while it lasts.
+REST_SECONDS = 3600.0
+REST_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When another kind of work begins the search anew. Like a goal it is the user's, but may change under a search."""
+
+    moved_seconds: float = MOVED_SECONDS
+    """The work must be another one for so long."""
+    rest_seconds: float | None = None
+    """No matter of load begins a search for so long after the last one. ``None``: REST_SECONDS or longer, by what the
+    last search took."""
+
+    def rest_after_seconds(self, took_seconds: float) -> float:
+        """Return for how long the tuner rests after a search that took so long."""
+        return max(REST_SECONDS, REST_FACTOR * took_seconds) if self.rest_seconds is None else self.rest_seconds
+
+
+PATIENCE = Patience()
+
+
 @dataclass(frozen=True)
 class Regime:
     """The kind of work that a pool does: a clock that was found holds for one."""

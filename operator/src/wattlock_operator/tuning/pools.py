@@ -17,7 +17,7 @@ from wattlock_operator.ledger import Ledger, Tally, advance, opening
 from wattlock_operator.poolstatus import power_cap
 from wattlock_operator.reports import NodeInstance, PoolKey, PoolReport, number
 from wattlock_operator.selection import Member, Selection
-from wattlock_operator.tuning.model import Goal, Objective, Observation, Phase, Regime, Tuning
+from wattlock_operator.tuning.model import Goal, Objective, Observation, Patience, Phase, Regime, Tuning
 from wattlock_operator.tuning.progress import describe
 from wattlock_operator.tuning.record import from_status, to_status
 from wattlock_operator.tuning.step import step
@@ -73,6 +73,11 @@ def goal_of(tune: Tune, guardrail: Guardrail) -> Goal:
         min_mhz=tune.min_mhz,
         max_mhz=tune.max_mhz,
     )
+
+
+def patience_of(tune: Tune) -> Patience:
+    """Return when a pool's tuner searches anew."""
+    return Patience(float(tune.reopen_after_seconds), tune.rest_seconds)
 
 
 def _clocks(ranges: Sequence[ClockRange]) -> set[int]:
@@ -204,5 +209,5 @@ def tune_pools(
             ledger = advance(ledgers.get(key) or opening(departed), report)
             members = [each for each in selection.members.get(policy.uid, ()) if each.pool.name == pool.name]
             seen = observe(world, policy, members, report, ledger, now_seconds)
-            tuners[key] = Tuner(step(state, goal, seen), goal, seen)
+            tuners[key] = Tuner(step(state, goal, seen, patience_of(pool.clock.tune)), goal, seen)
     return tuners

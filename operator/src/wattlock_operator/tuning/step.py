@@ -25,24 +25,28 @@ from wattlock_operator.tuning.arms import (
     usable_clocks,
 )
 from wattlock_operator.tuning.evidence import breach, costs_energy, grown
-from wattlock_operator.tuning.model import NO_PAIRS, Goal, Observation, Outcome, Phase, Trial, Tuning
+from wattlock_operator.tuning.model import (
+    NO_PAIRS,
+    PATIENCE,
+    Goal,
+    Observation,
+    Outcome,
+    Patience,
+    Phase,
+    Trial,
+    Tuning,
+)
 from wattlock_operator.tuning.regime import follow, is_other_kind, moved
 
 #: The released pool is looked at for so long before the first cap: reports are means over 20 s.
 START_SECONDS = 30.0
 #: For so long the tuner waits for the clock of the released GPUs; then it begins at the highest there is.
 CLOCK_SECONDS = 180.0
-#: The work must be another one for so long before anything is done about it.
-MOVED_SECONDS = 600.0
-#: After a search the load may move as it likes for at least so long, and for REST_FACTOR times as long as the search
-#: took: a search costs about half of the saving while it lasts.
-REST_SECONDS = 3600.0
-REST_FACTOR = 4.0
 #: So long after the choice it is noted whether the power limit acts.
 NOTE_POWER_SECONDS = 1800.0
 
 
-def step(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
+def step(state: Tuning, goal: Goal, seen: Observation, patience: Patience = PATIENCE) -> Tuning:
     """Return the tuner after a look. Looks may come at any time; each pair is counted once.
 
     A change of ``goal`` is a new tuner: the caller begins with an empty state.
@@ -52,10 +56,10 @@ def step(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
         state = replace(state, since_seconds=seen.now_seconds, looked_seconds=seen.now_seconds)
     state = _with_regime(state, seen)
     if state.phase is Phase.STARTING:
-        state = _start(state, goal, seen)
+        state = _start(state, goal, seen, patience)
     elif state.phase is Phase.SEARCHING:
-        state = _search(state, goal, seen)
-    elif (reason := _wants_anew(state, goal, seen)) is not None:
+        state = _search(state, goal, seen, patience)
+    elif (reason := _wants_anew(state, seen, patience)) is not None:
         state = _anew(state, seen, reason)
     elif state.phase is Phase.SETTLED:
         state = _hold(state, goal, seen)
@@ -65,7 +69,7 @@ def step(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
 def too_many_tripped(seen: Observation) -> bool:
     """Return whether the guardrail speaks against the cap: it released half of the instances, and two of several.
 
-    Each agent judges its instance at 95 % again and again, so now and then one is released by chance.
+    Each agent judges its instance at 99 % again and again, so now and then one is released by chance.
     """
     if seen.instances <= 1:
         return seen.tripped >= 1
@@ -103,24 +107,24 @@ def _with_regime(state: Tuning, seen: Observation) -> Tuning:
     return replace(state, regime=reference, moved_since_seconds=None)
 
 
-def _has_moved(state: Tuning, seen: Observation) -> bool:
+def _has_moved(state: Tuning, seen: Observation, patience: Patience) -> bool:
     since = state.moved_since_seconds
-    return since is not None and seen.now_seconds - since >= MOVED_SECONDS
+    return since is not None and seen.now_seconds - since >= patience.moved_seconds
 
 
 def _age_seconds(state: Tuning, seen: Observation) -> float:
     return 0.0 if state.since_seconds is None else seen.now_seconds - state.since_seconds
 
 
-def _start(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
+def _start(state: Tuning, goal: Goal, seen: Observation, patience: Patience) -> Tuning:
     if seen.regime is None or not seen.supported_mhz:
         what = "tokens and inter-token latency" if seen.regime is None else "the clocks that the GPUs support"
         note = f"waiting for {what} to be reported"
         return replace(state, since_seconds=seen.now_seconds, note=note)
-    if _has_moved(state, seen):
+    if _has_moved(state, seen, patience):
         state = replace(state, regime=replace(seen.regime, power_limited=None), moved_since_seconds=None)
-    patience = START_SECONDS if seen.released_mhz is not None else CLOCK_SECONDS
-    if _age_seconds(state, seen) < patience or too_many_tripped(seen):
+    look_seconds = START_SECONDS if seen.released_mhz is not None else CLOCK_SECONDS
+    if _age_seconds(state, seen) < look_seconds or too_many_tripped(seen):
         return replace(state, note="looking at the released pool before the first cap")
     highest = max(seen.supported_mhz)
     top = highest if seen.released_mhz is None else min(highest, seen.released_mhz)
@@ -144,8 +148,8 @@ def _start_mhz(state: Tuning, top_mhz: int) -> int:
     return round(first if state.current_mhz is None else min(first, state.current_mhz / STEP))
 
 
-def _search(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
-    if _has_moved(state, seen):
+def _search(state: Tuning, goal: Goal, seen: Observation, patience: Patience) -> Tuning:
+    if _has_moved(state, seen, patience):
         return _anew(state, seen, f"the work changed during the search: {moved(state.regime, seen.regime)}")
     if too_many_tripped(seen):
         # Released until the cool-down is over: what comes next would not be measured anyway.
@@ -207,13 +211,13 @@ def _finish(state: Tuning, seen: Observation, phase: Phase, cap_mhz: int | None,
     )
 
 
-def _wants_anew(state: Tuning, goal: Goal, seen: Observation) -> str | None:
+def _wants_anew(state: Tuning, seen: Observation, patience: Patience) -> str | None:
     """Return why a settled tuner searches anew; ``None``: it does not."""
     if state.phase is Phase.SETTLED and costs_energy(state.held):
         return "the chosen cap costs energy now"
-    if not _has_moved(state, seen):
+    if not _has_moved(state, seen, patience):
         return None
-    rested = _age_seconds(state, seen) >= max(REST_SECONDS, REST_FACTOR * state.took_seconds)
+    rested = _age_seconds(state, seen) >= patience.rest_after_seconds(state.took_seconds)
     if not (rested or is_other_kind(state.regime, seen.regime)):
         return None
     return moved(state.regime, seen.regime) or "the work is another one"
