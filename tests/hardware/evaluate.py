@@ -34,6 +34,7 @@ class Phase:
     """A stretch of one kind of work."""
 
     name: str
+    """After what ran: the batch that fitted, not the one that was wanted."""
     pod: str | None
     began_seconds: float
     ended_seconds: float
@@ -66,7 +67,8 @@ class Recording:
 class Check:
     """A statement that must hold."""
 
-    holds: bool
+    holds: bool | None
+    """None: not made, because what it is about was not measured."""
     text: str
 
 
@@ -215,7 +217,8 @@ def _phase(recording: Recording, phase: Phase, samples: _Samples) -> PhaseFigure
     seconds = phase.ended_seconds - phase.began_seconds
     lines = lines[1:]  # the pass that notes the new holder comes between two readings: its time is not theirs
     if len(lines) < 2:
-        return PhaseFigures(phase.name, seconds, note=phase.note or "too short for two readings")
+        reason = "too short for two readings" if seconds < _MIN_ENERGY_SECONDS else "the agent published nothing of it"
+        return PhaseFigures(phase.name, seconds, note=phase.note or reason)
     first, last = lines[0], lines[-1]
     began, ended = first["atSeconds"], last["atSeconds"]
     gpus = _gpu(first, recording.uuid), _gpu(last, recording.uuid)
@@ -283,7 +286,7 @@ def _overhead(recording: Recording) -> Overhead:
     pass_ms = 1000 * (last["passSeconds"] - first["passSeconds"]) / max(1, last["passes"] - first["passes"])
     memory = last["memoryMiB"]
     speeds = []
-    for runs, began, ended in recording.turns:
+    for runs, began, ended in recording.turns if recording.progress else ():
         margin = 0.3  # the signal and the step in progress
         steps = _steps_at(recording.progress, ended) - _steps_at(recording.progress, began + margin)
         speeds.append((runs, steps / (ended - began - margin)))
@@ -298,6 +301,15 @@ def _overhead(recording: Recording) -> Overhead:
     mean = fmean(ratios)
     interval = (mean - margin_percent, mean + margin_percent)
     return Overhead(cpu_percent, memory["anonymous"], memory["file"], pass_ms, mean, interval, len(ratios))
+
+
+def _promised(phase: PhaseFigures) -> Sequence[str]:
+    """Return what is checked of a phase, for one that could not be measured."""
+    if phase.name.startswith("idle"):
+        return ()
+    if "labelled" in phase.name:
+        return "tokens per second", "recognised as prefill by its metrics"
+    return "tokens per second", "joules per token", "no false alarm about its role"
 
 
 def _checks(recording: Recording, phases: Sequence[PhaseFigures], overhead: Overhead) -> list[Check]:
@@ -335,6 +347,11 @@ def _checks(recording: Recording, phases: Sequence[PhaseFigures], overhead: Over
         )
     )
     for each in phases:
+        if each.watts is None:
+            # Work that ran and of which the agent tells nothing is the agent's fault.
+            holds = False if each.seconds >= _MIN_ENERGY_SECONDS else None
+            checks += [Check(holds, f"{each.name}: {what}") for what in _promised(each)]
+            continue
         for what, published, own in (
             ("tokens per second", each.tokens_per_second, each.independent_tokens_per_second),
             ("joules per token", each.joules_per_token, each.independent_joules_per_token),
@@ -373,6 +390,8 @@ def _checks(recording: Recording, phases: Sequence[PhaseFigures], overhead: Over
                 f"(95 % interval {overhead.slowdown_ci[0]:+.3f} to {overhead.slowdown_ci[1]:+.3f}; at most 0.5 %)",
             )
         )
+    elif recording.turns:
+        checks.append(Check(None, "decode is not slower while the agent runs"))
     return checks
 
 

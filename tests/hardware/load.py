@@ -5,9 +5,10 @@ A decoder stack with random weights in bf16: 36 layers, width 2560, grouped-quer
 any data-center GPU holds it; what matters is what bounds it: memory in decode, compute in prefill.
 
 Reads commands from standard input, one a line, and answers each with one line of JSON:
-    decode PAGE BATCH CONTEXT SECONDS     one token for each of BATCH sequences in each step
+    decode PAGE BATCHES CONTEXT SECONDS   one token for each sequence of a batch in each step
     prefill PAGE TOKENS SECONDS           one forward pass over TOKENS in each step
     quit
+BATCHES are sizes with commas between them, the largest first: the first one that fits into the GPU's memory is run.
 PAGE is ``decode`` or ``prefill``: the metrics page on which the tokens are counted. The answer to a command holds
 [seconds since boot, steps] after every group of steps, so that any window can be cut out afterwards.
 """
@@ -17,7 +18,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -25,6 +26,9 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD, FEED = 36, 2560, 32, 8, 128, 9728
 _GROUP_SECONDS = 0.05
+_CACHE_BYTES_PER_TOKEN_AND_LAYER = 2 * KV_HEADS * HEAD * 2  # keys and values in bf16
+#: Besides the cache: activations, workspaces, the CUDA graph. Not all of it is PyTorch's, whose error could be caught.
+_SPARE_BYTES = 2 << 30
 
 
 class Page:
@@ -108,6 +112,12 @@ class Stack:
         return x
 
 
+def fitting_batch(batches: Sequence[int], context: int, layers: int, free_bytes: int) -> int | None:
+    """Return the first batch whose cache fits into the free memory, or None."""
+    each_bytes = context * layers * _CACHE_BYTES_PER_TOKEN_AND_LAYER
+    return next((batch for batch in batches if batch * each_bytes + _SPARE_BYTES <= free_bytes), None)
+
+
 def decode_step(stack: Stack, batch: int, context: int) -> Callable[[], None]:
     """Return one decode step, recorded as a CUDA graph. Raises torch.OutOfMemoryError."""
     shape = (batch, KV_HEADS, context, HEAD)
@@ -184,10 +194,16 @@ def main() -> int:
         verb, *rest = line.split()
         if verb == "quit":
             break
-        page = pages[rest[0]]
+        page, note = pages[rest[0]], ""
         try:
             if verb == "decode":
-                batch, context, seconds = int(rest[1]), int(rest[2]), float(rest[3])
+                batches = [int(each) for each in rest[1].split(",")]
+                context, seconds = int(rest[2]), float(rest[3])
+                batch = fitting_batch(batches, context, options.layers, torch.cuda.mem_get_info()[0])
+                if batch is None:
+                    raise torch.OutOfMemoryError
+                if batch != batches[0]:
+                    note = f"batch {batches[0]} does not fit into the GPU's memory"
 
                 def count_decode(steps: int, took_seconds: float, page: Page = page, batch: int = batch) -> None:
                     with page.lock:
@@ -207,7 +223,7 @@ def main() -> int:
 
                 step, count = prefill_step(stack, tokens), count_prefill
             progress = run(step, seconds, count)
-            print(json.dumps({"tokensPerStep": tokens, "progress": progress}), flush=True)
+            print(json.dumps({"tokensPerStep": tokens, "progress": progress, "note": note}), flush=True)
         except torch.OutOfMemoryError:
             print(json.dumps({"error": "does not fit into the GPU's memory"}), flush=True)
         step = count = None  # type: ignore[assignment]

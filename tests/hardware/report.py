@@ -40,6 +40,7 @@ _CODES = {
     7: "size told",
     13: "no such function",
 }
+_VERDICTS = {True: "holds", False: "**DOES NOT HOLD**", None: "not made"}
 
 
 def _number(value: float | None, digits: int = 0, sign: bool = False) -> str:
@@ -55,7 +56,20 @@ def _answers(figures: CallFigures) -> str:
     return ", ".join(f"{_CODES.get(code, f'code {code}')} {count:,}" for code, count in sorted(figures.codes.items()))
 
 
-def _page(findings: Findings, picture: str, day: str) -> str:
+def headline(findings: Findings) -> str:
+    """Return how many checks hold, and what no check could be made of."""
+    checks = findings.checks
+    holding, made = sum(check.holds is True for check in checks), sum(check.holds is not None for check in checks)
+    left_out = [f"{each.name} ({each.note})" for each in findings.phases if each.watts is None]
+    if findings.torch and findings.overhead.slowdown_percent is None:
+        left_out.append("the agent's effect on the load")
+    if not left_out:
+        return f"{holding} of {len(checks)} checks hold"
+    return f"{made} of {len(checks)} checks made, {holding} hold; not measured: {', '.join(left_out)}"
+
+
+def page_text(findings: Findings, picture: str, day: str) -> str:
+    """Return the page in Markdown."""
     phases = _table(
         (
             "phase", "s", "W, agent", "W, integrated", "difference", "SM MHz, agent", "SM MHz, observer",
@@ -109,7 +123,7 @@ def _page(findings: Findings, picture: str, day: str) -> str:
         ),
     )
     overhead, checks = findings.overhead, findings.checks
-    effect = "No load was run, so its effect on one is unknown."
+    effect = "Its effect on a load was not measured."
     if overhead.slowdown_percent is not None and overhead.slowdown_ci is not None:
         low, high = overhead.slowdown_ci
         effect = (
@@ -119,12 +133,11 @@ def _page(findings: Findings, picture: str, day: str) -> str:
     missing = (
         f"\n\nFunctions that this library does not have: {', '.join(findings.missing)}." if findings.missing else ""
     )
-    holding = f"{sum(check.holds for check in checks)} of {len(checks)} checks hold"
     load = f"PyTorch {findings.torch}" if findings.torch else "no load: no PyTorch here"
     memory = f"{overhead.anonymous_mib:.0f} MiB of memory of its own and {overhead.file_mib:.0f} MiB of libraries"
     return f"""# {findings.product}, driver {findings.versions["driver"]}
 
-Written by `make test-hardware` on {day} ({holding}). The agent ran as it is, in Observe mode, without any
+Written by `make test-hardware` on {day} ({headline(findings)}). The agent ran as it is, in Observe mode, without any
 capability and with an NVML that refuses every function but reads. NVML {findings.versions["nvml"]}, enforced power
 limit {findings.limit_watts:.0f} W, {load}.
 
@@ -132,7 +145,7 @@ limit {findings.limit_watts:.0f} W, {load}.
 
 ## Checks
 
-{chr(10).join(f"- {'holds' if check.holds else '**DOES NOT HOLD**'}: {check.text}" for check in checks)}
+{chr(10).join(f"- {_VERDICTS[check.holds]}: {check.text}" for check in checks)}
 
 ## Phases
 
@@ -212,5 +225,5 @@ def write_report(findings: Findings, directory: Path) -> Path:
         json.dumps({"date": day} | asdict(replace(findings, series={})), indent=1) + "\n", encoding="utf-8"
     )
     page = directory / f"{name}.md"
-    page.write_text(_page(findings, f"{name}.png", day), encoding="utf-8")
+    page.write_text(page_text(findings, f"{name}.png", day), encoding="utf-8")
     return page

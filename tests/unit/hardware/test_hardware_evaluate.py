@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from evaluate import Phase, Recording, evaluate
-from report import write_report
+from report import headline, write_report
 
 UUID = "GPU-0"
 WATTS = 600.0
@@ -75,12 +75,17 @@ def recording(**changes):
 
 
 def broken(findings):
-    return [check.text for check in findings.checks if not check.holds]
+    return [check.text for check in findings.checks if check.holds is False]
+
+
+def not_made(findings):
+    return [check.text for check in findings.checks if check.holds is None]
 
 
 def test_a_run_as_it_should_be_passes_every_check():
     findings = evaluate(recording())
-    assert broken(findings) == []
+    assert broken(findings) == not_made(findings) == []
+    assert headline(findings) == "12 of 12 checks hold"
     phase = findings.phases[0]
     assert phase.watts == pytest.approx(WATTS)
     assert phase.independent_watts == pytest.approx(WATTS)
@@ -145,3 +150,35 @@ def test_the_report_tells_it_all_and_no_identity(tmp_path: Path):
 def test_a_cap_that_only_the_bit_tells_of_is_found():
     capped = recording().samples.replace(",1980,0", ",1980,4")
     assert any("time at the power cap" in text for text in broken(evaluate(recording(samples=capped))))
+
+
+def test_a_phase_that_did_not_fit_is_told_in_the_headline_and_its_checks_are_not_made(tmp_path):
+    did_not_fit = Phase("decode B48 L4096", "decode", 160.0, 160.0, 0, [], note="does not fit into the GPU's memory")
+    findings = evaluate(recording(phases=[*recording().phases, did_not_fit]))
+    assert broken(findings) == []
+    assert not_made(findings) == [
+        "decode B48 L4096: tokens per second",
+        "decode B48 L4096: joules per token",
+        "decode B48 L4096: no false alarm about its role",
+    ]
+    told = "12 of 15 checks made, 12 hold; not measured: decode B48 L4096 (does not fit into the GPU's memory)"
+    assert headline(findings) == told
+    text = write_report(findings, tmp_path).read_text()
+    assert f"({told})" in text
+    assert "- not made: decode B48 L4096: joules per token" in text
+
+
+def test_work_of_which_the_agent_tells_nothing_is_no_phase_that_was_not_measured():
+    progress = [(100 + n * 0.1, n * 10) for n in range(601)]
+    findings = evaluate(recording(phases=[Phase("prefill T4096", "prefill", 100.0, 160.0, 4096, progress)]))
+    assert [text for text in broken(findings) if text.startswith("prefill")] == [
+        "prefill T4096: tokens per second",
+        "prefill T4096: joules per token",
+        "prefill T4096: no false alarm about its role",
+    ]
+
+
+def test_an_effect_on_the_load_that_was_not_measured_is_told():
+    findings = evaluate(recording(progress=[]))
+    assert not_made(findings) == ["decode is not slower while the agent runs"]
+    assert headline(findings).endswith("11 hold; not measured: the agent's effect on the load")
