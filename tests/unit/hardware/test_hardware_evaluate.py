@@ -1,11 +1,12 @@
 """What the hardware tier concludes, on recordings made up so that the truth is known."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evaluate import Phase, Recording, evaluate
-from report import headline, write_report
+from evaluate import CallFigures, Check, Findings, Overhead, Phase, PhaseFigures, Recording, evaluate
+from report import headline, page_text, write_report
 
 UUID = "GPU-0"
 WATTS = 600.0
@@ -182,3 +183,30 @@ def test_an_effect_on_the_load_that_was_not_measured_is_told():
     findings = evaluate(recording(progress=[]))
     assert not_made(findings) == ["decode is not slower while the agent runs"]
     assert headline(findings).endswith("11 hold; not measured: the agent's effect on the load")
+
+
+REPORTS = sorted((Path(__file__).parents[3] / "docs" / "hardware").glob("*.json"))
+
+
+@pytest.mark.parametrize("figures", REPORTS, ids=lambda path: path.stem)
+def test_a_committed_page_is_what_its_figures_say(figures):
+    told = json.loads(figures.read_text())
+    day = told.pop("date")
+
+    def calls(name):
+        return [
+            CallFigures(**each | {"codes": {int(code): count for code, count in each["codes"].items()}})
+            for each in told.pop(name)
+        ]
+
+    findings = Findings(
+        calls=calls("calls"),
+        fields=calls("fields"),
+        phases=[PhaseFigures(**each) for each in told.pop("phases")],
+        checks=[Check(**each) for each in told.pop("checks")],
+        overhead=Overhead(**told.pop("overhead")),
+        **told,
+    )
+    assert page_text(findings, f"{figures.stem}.png", day) == figures.with_suffix(".md").read_text()
+    row = f"({figures.stem}.md) | {headline(findings).replace(' checks', '', 1)} |"
+    assert row in (figures.parent / "README.md").read_text()
