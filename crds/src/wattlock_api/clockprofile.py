@@ -39,8 +39,8 @@ class Evidence(ApiModel):
 
 
 #: Bounds of what a regime may say. An absent bound counts as these where two regimes are compared.
-MIN_BATCH, MAX_BATCH = 0.1, 100_000.0
-MIN_LATENCY_MS, MAX_LATENCY_MS = 0.1, 100_000.0
+MIN_BATCH, MAX_BATCH = 0.1, 100_000
+MIN_LATENCY_MS, MAX_LATENCY_MS = 0.1, 100_000
 
 Batch = Annotated[float, Field(ge=MIN_BATCH, le=MAX_BATCH)]
 LatencyMs = Annotated[float, Field(ge=MIN_LATENCY_MS, le=MAX_LATENCY_MS)]
