@@ -27,6 +27,9 @@ from wattlock_operator.world import PolicyView, World
 
 #: Agents that start for a new policy are given this time before their absence is a warning.
 STARTING_SECONDS = 90.0
+#: An agent that has not acted on an arm of a tuner after so long is told of: it acts within a few seconds, and reports
+#: every 15 s at most.
+ARM_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ def lagging_nodes(world: World, orders: Orders, uid: str) -> tuple[str, ...]:
         if not written or report is None or node_energy is None or report.observed_generation < node_energy.generation:
             found.append(name)
     return tuple(sorted(found))
+
+
+def _changes_arm(policy: PolicyView, tuners: Mapping[PoolKey, Tuner], now_seconds: float) -> bool:
+    """Return whether a tuner of the policy has just changed what it wants: its agents need a moment, each time."""
+    changed = (tuner.state.changed_seconds for (uid, _), tuner in tuners.items() if uid == policy.uid)
+    return any(at is not None and now_seconds - at < ARM_SECONDS for at in changed)
 
 
 def suspects(world: World, reports: Sequence[PoolReport]) -> Mapping[str, Sequence[str]]:
@@ -235,7 +244,7 @@ def report_policy(
         disputes=orders.selection.disputes.get(policy.uid, ()) if release is None else (),
         claimed=[each for each in members if each.pod.claims and each.pod.wants_gpu and each.pool.role is Role.DECODE],
         suspects=suspects(world, pool_reports),
-        lagging_nodes=lagging_nodes(world, orders, policy.uid),
+        lagging_nodes=() if _changes_arm(policy, tuners, now_seconds) else lagging_nodes(world, orders, policy.uid),
         release=release,
         template_problem=template_problem,
         refusal=orders.refused.get(policy.uid),

@@ -418,3 +418,50 @@ def test_searches_are_counted_by_cause_and_arms_by_the_guardrail_through_restart
     assert site.tuning.guardrail_arms == 2
     assert {each.cause: each.searches for each in site.tuning.begun} == {"First": 1, "WorkChanged": 1, "BrokeBound": 1}
     assert site.tuning.searches == 3
+
+
+def told_conditions(site: Site) -> dict[str, tuple[str, str, str]]:
+    return {each.type: (each.status, each.reason, each.message) for each in site.status.conditions}
+
+
+def test_conditions_stand_still_from_the_first_arm_to_the_choice():
+    site, seen = Site(), []
+    for number in range(1, 400):
+        # Between the looks of the search ones that see the agents at work: each change of arm is caught in the middle.
+        site.look(5.0 if number % 2 else LOOK_SECONDS)
+        if site.tuning.phase == "Searching":
+            seen.append(told_conditions(site))
+        elif seen:
+            break
+    assert len({cap for cap in site.caps if cap is not None}) >= 4
+    steady = ("Ready", "Enforced", "Progressing", "Verified", "GuardrailTripped")
+    for kind in steady:
+        assert {each[kind] for each in seen[1:]} == {seen[-1][kind]}, kind
+    assert [seen[-1][kind][:2] for kind in steady] == [
+        ("True", "InForce"),
+        ("True", "Tuning"),
+        ("True", "Tuning"),
+        ("Unknown", "Tuning"),
+        ("False", "WithinLimits"),
+    ]
+    reasons = [reason for reason, _ in site.events]
+    assert {reason: reasons.count(reason) for reason in set(reasons) - {"TuningArm"}} == dict.fromkeys(
+        set(reasons) - {"TuningArm"}, 1
+    )
+
+
+def test_agents_that_do_not_act_on_an_arm_are_told_of_after_a_minute():
+    site = Site()
+    while len({cap for cap in site.caps if cap is not None}) < 2:
+        before = site.written
+        site.look()
+    assert told_conditions(site)["Ready"][:2] == ("True", "InForce")
+    site.written = before  # the new orders do not arrive
+
+    def ready(seconds: float) -> tuple[str, str]:
+        statuses = decide(site._world(), None, site.memory, site.now + seconds).statuses
+        found = next(each for each in statuses["uid-qwen"].conditions if each.type == "Ready")
+        return found.status, found.reason
+
+    assert ready(50) == ("True", "InForce")
+    assert ready(61) == ("False", "WaitingForAgents")
