@@ -78,8 +78,10 @@ def watch(state: Watch, now: Regime | None, now_seconds: float) -> Watch:
     """Return what is known after a look. A pool that generates nothing keeps its regime, and a change begins anew."""
     if now is None:
         return replace(state, work=None, looked_seconds=None, moved_since_seconds=None)
-    passed_seconds = 0.0 if state.looked_seconds is None else now_seconds - state.looked_seconds
-    work = now if state.work is None else follow(state.work, now, passed_seconds, SMOOTH_SECONDS)
+    if state.work is None or state.looked_seconds is None:  # the first look, also after a restart
+        work = now
+    else:
+        work = follow(state.work, now, now_seconds - state.looked_seconds, SMOOTH_SECONDS)
     seen = replace(state, work=work, looked_seconds=now_seconds)
     moved = _with_moved(state.regime, work)
     if moved == state.regime:
