@@ -172,6 +172,8 @@ class Site:
     agents: list["FakeAgent"] = field(default_factory=list)
     replicas: list[Replica] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = ("-m", "wattlock_operator")
+    """What Python is to run as the operator."""
 
     @property
     def log(self) -> Path:
@@ -191,9 +193,13 @@ class Site:
             **self.settings,
         }
         with log_path.open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "wattlock_operator"], env=environment, stdout=log, stderr=log
-            )
+            return subprocess.Popen([sys.executable, *self.program], env=environment, stdout=log, stderr=log)
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of the operator's program, as people do by kubectl exec."""
+        environment = {**os.environ, "KUBECONFIG": self.kubectl.kubeconfig}
+        command = [sys.executable, "-m", "wattlock_operator", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
     def replica(self, identity: str) -> "Replica":
         """Start one more operator, with the settings as they are now."""
