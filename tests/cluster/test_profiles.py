@@ -9,7 +9,7 @@ import pytest
 import yaml
 from operator_site import DECODE, PREFILL, Site, eventually, placed
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 H200 = "NVIDIA H200"
 MEASURED = {"kind": "Measured", "date": "2026-11-01T00:00:00Z", "driverVersion": "580.1", "samples": 100}

@@ -155,7 +155,9 @@ def tell_profiles(
         if not moved:
             continue
         work = now.regime
-        why = f" at batch {work.batch} and {work.inter_token_latency_ms} ms between tokens" if work is not None else ""
+        why = ""
+        if work is not None:
+            why = f" at batch {float(work.batch):.0f} and {float(work.inter_token_latency_ms):.1f} ms between tokens"
         rows = ", ".join(
             f"{each.cap_mhz} MHz instead of {old[each.product]} MHz for {each.product} (row {each.row})"
             for each in moved
