@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from operator_site import DECODE, PREFILL, Site, eventually, placed
+from operator_site import DECODE, PREFILL, SETTLED, Site, eventually, placed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -154,29 +154,6 @@ def test_the_clock_follows_the_work_and_not_each_whiff_of_it(site, good_policy, 
     assert "clock.tune" in site.condition("Enforced")[2]
 
 
-SEARCH = {
-    "phase": "Settled",
-    "capMHz": 705,
-    "since": "2026-11-24T10:00:00Z",
-    "tried": [
-        {
-            "capMHz": 705,
-            "outcome": "Admitted",
-            "energyPercent": "26.31",
-            "throughputChangePercent": "-1.21",
-            "sums": {"capMHz": 705, "pairs": 212},
-            "seen": {"capMHz": 705, "pairs": 212},
-        }
-    ],
-    "regime": {
-        "batch": "28.00",
-        "interTokenLatencyMs": "8.000",
-        "products": [H200],
-        "driverVersions": ["580.159.04"],
-    },
-}
-
-
 def test_a_tuners_result_is_applied_and_used_by_another_policy(site, good_policy, own_profile):
     site.stop()
     pools = [
@@ -189,13 +166,13 @@ def test_a_tuners_result_is_applied_and_used_by_another_policy(site, good_policy
     def write(tuning: dict[str, Any]) -> None:
         site.patch_status("energypolicy", "qwen", {"pools": [{**pool, "tuning": tuning}]}, site.namespace)
 
-    write(SEARCH | {"phase": "Searching", "message": "arm 3 of at most 8"})
+    write(SETTLED | {"phase": "Searching", "message": "arm 3 of at most 8"})
     early = site.command("profile", f"{site.namespace}/qwen")
     assert (early.returncode, early.stdout) == (1, "")
     assert "still searches: arm 3 of at most 8" in early.stderr
     assert site.command("profile", f"{site.namespace}/gone").returncode == 1
 
-    write(SEARCH)
+    write(SETTLED)
     published = row(1590, evidence={"kind": "Published", "source": "a paper"})
     site.kubectl.apply(profile(own_profile, published))
     written = site.command("profile", f"{site.namespace}/qwen", "--into", own_profile)

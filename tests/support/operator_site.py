@@ -197,7 +197,7 @@ class Site:
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a command of the operator's program, as people do by kubectl exec."""
-        environment = {**os.environ, "KUBECONFIG": self.kubectl.kubeconfig}
+        environment = {**os.environ, "KUBECONFIG": self.kubectl.kubeconfig, **self.settings}
         command = [sys.executable, "-m", "wattlock_operator", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
@@ -379,6 +379,30 @@ class FakeAgent:
     def stop(self) -> None:
         self._stop.set()
         self._thread.join(timeout=10)
+
+
+#: What a tuner that has found its clock writes into status.
+SETTLED = {
+    "phase": "Settled",
+    "capMHz": 705,
+    "since": "2026-11-24T10:00:00Z",
+    "tried": [
+        {
+            "capMHz": 705,
+            "outcome": "Admitted",
+            "energyPercent": "26.31",
+            "throughputChangePercent": "-1.21",
+            "sums": {"capMHz": 705, "pairs": 212},
+            "seen": {"capMHz": 705, "pairs": 212},
+        }
+    ],
+    "regime": {
+        "batch": "28.00",
+        "interTokenLatencyMs": "8.000",
+        "products": ["NVIDIA H200"],
+        "driverVersions": ["580.159.04"],
+    },
+}
 
 
 DECODE, PREFILL = {"llm-d.ai/role": "decode"}, {"llm-d.ai/role": "prefill"}
