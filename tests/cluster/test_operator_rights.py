@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from operator_site import DECODE, PREFILL, TEMPLATE, Site, eventually, placed
-from wattlock_operator.kube import connect
+from operator_site import DECODE, PREFILL, SETTLED, TEMPLATE, Site, eventually, placed
+from wattlock_operator.kube import connect, profile_path
 
 pytestmark = pytest.mark.cluster
 
@@ -64,3 +64,16 @@ def test_a_whole_life_of_a_policy_meets_no_refusal(site, good_policy):
     log = site.log.read_text()
     for trouble in ("HTTP 403", "forbidden", "Forbidden", "Traceback", "WARNING", "ERROR"):
         assert trouble not in log, log
+
+
+def test_a_tuners_result_is_printed_with_the_same_rights(site, good_policy):
+    eventually(lambda: site.kube.get(profile_path("published")))
+    site.stop()
+    tune = {"clock": {"tune": {}}}
+    pools = [{**pool, **(tune if pool["role"] == "Decode" else {})} for pool in good_policy["spec"]["pools"]]
+    site.kubectl.apply(placed(good_policy, site, pools=pools))
+    told = {"name": pools[0]["name"], "role": "Decode", "tuning": SETTLED}
+    site.patch_status("energypolicy", "qwen", {"pools": [told]}, site.namespace)
+    printed = site.command("profile", f"{site.namespace}/qwen", "--into", "published", "--name", "ours")
+    assert (printed.returncode, printed.stderr) == (0, "")
+    assert [row["maxSMClockMHz"] for row in yaml.safe_load(printed.stdout)["spec"]["rows"]] == [1590, 705]

@@ -6,6 +6,7 @@ import signal
 from typing import Any
 
 import pytest
+import yaml
 from operator_site import DECODE, PREFILL, eventually, placed
 from tuning_world import memory_bound
 
@@ -99,6 +100,14 @@ def test_a_search_ends_through_dead_operators(site, good_policy):
     events = site.kubectl.within(site.namespace).get("events")["items"]
     told = {event["reason"] for event in events if event["involvedObject"]["name"] == "qwen"}
     assert {"TuningArm", "Tuned"} <= told
+
+    written = site.command("profile", f"{site.namespace}/qwen")
+    assert (written.returncode, written.stderr) == (0, "")
+    site.kubectl.run("apply", "--dry-run=server", "-f", "-", stdin=written.stdout)
+    (row,) = yaml.safe_load(written.stdout)["spec"]["rows"]
+    assert (row["product"], row["maxSMClockMHz"]) == ("NVIDIA H200", tuning()["capMHz"])
+    assert row["evidence"]["driverVersion"] == "580.159.04"
+    assert row["regime"]["minBatch"] < 4000 * 0.008 < row["regime"]["maxBatch"]
 
 
 def spec_of(policy: dict[str, Any]) -> list[dict[str, Any]]:

@@ -172,6 +172,8 @@ class Site:
     agents: list["FakeAgent"] = field(default_factory=list)
     replicas: list[Replica] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = ("-m", "wattlock_operator")
+    """What Python is to run as the operator."""
 
     @property
     def log(self) -> Path:
@@ -191,9 +193,13 @@ class Site:
             **self.settings,
         }
         with log_path.open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "wattlock_operator"], env=environment, stdout=log, stderr=log
-            )
+            return subprocess.Popen([sys.executable, *self.program], env=environment, stdout=log, stderr=log)
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of the operator's program, as people do by kubectl exec."""
+        environment = {**os.environ, "KUBECONFIG": self.kubectl.kubeconfig, **self.settings}
+        command = [sys.executable, "-m", "wattlock_operator", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
     def replica(self, identity: str) -> "Replica":
         """Start one more operator, with the settings as they are now."""
@@ -373,6 +379,30 @@ class FakeAgent:
     def stop(self) -> None:
         self._stop.set()
         self._thread.join(timeout=10)
+
+
+#: What a tuner that has found its clock writes into status.
+SETTLED = {
+    "phase": "Settled",
+    "capMHz": 705,
+    "since": "2026-11-24T10:00:00Z",
+    "tried": [
+        {
+            "capMHz": 705,
+            "outcome": "Admitted",
+            "energyPercent": "26.31",
+            "throughputChangePercent": "-1.21",
+            "sums": {"capMHz": 705, "pairs": 212},
+            "seen": {"capMHz": 705, "pairs": 212},
+        }
+    ],
+    "regime": {
+        "batch": "28.00",
+        "interTokenLatencyMs": "8.000",
+        "products": ["NVIDIA H200"],
+        "driverVersions": ["580.159.04"],
+    },
+}
 
 
 DECODE, PREFILL = {"llm-d.ai/role": "decode"}, {"llm-d.ai/role": "prefill"}

@@ -17,6 +17,7 @@ from wattlock_agent.http_server import AgentServer
 from wattlock_agent.metrics import Snapshot, SnapshotBoard, Totals, make_registry
 from wattlock_api.nodeenergy import AgentStatus, ArmTotals, DroppedEpochs, Moments, NodeEnergyStatus, PairStats
 from wattlock_api.policystatus import Limiters
+from wattlock_api.tuningstatus import TuningArm, TuningSearches, TuningStatus
 from wattlock_operator import metric_specs as operator_specs
 from wattlock_operator.decide import Memory, decide
 from wattlock_operator.metrics import Metrics
@@ -25,6 +26,23 @@ from wattlock_operator.world import PolicyView
 ROOT = Path(__file__).parents[2]
 PODS = (pod("d0", DECODE), pod("p0", PREFILL), agent_pod("n1"))
 COST = {"pricePerKWh": "0.25", "gramsCO2PerKWh": 380, "pue": "1.3"}
+SEARCHING = TuningStatus(
+    phase="Searching",
+    cap_mhz=1260,
+    arm=2,
+    arms=8,
+    remaining_seconds=5400,
+    searches=3,
+    begun=[
+        TuningSearches(cause="First", searches=1),
+        TuningSearches(cause="WorkChanged", searches=2),
+    ],
+    guardrail_arms=1,
+    tried=[
+        TuningArm(cap_mhz=mhz, outcome="Open", sums=PairStats(cap_mhz=mhz, pairs=pairs), seen=PairStats(cap_mhz=mhz))
+        for mhz, pairs in ((1575, 40), (1260, 14))
+    ],
+)
 LIMITERS = Limiters(power_cap_seconds="1.5", thermal_seconds="0.25")
 
 
@@ -92,7 +110,9 @@ def operator_metrics() -> Metrics:
     status = decision.statuses[found.uid]
     metrics = Metrics()
     unread = dataclasses.replace(policy("other"), spec=None, problem="no such field")
-    metrics.show([(found, status), (unread, status.model_copy(update={"pools": []}))], leading=True)
+    pools = [status.pools[0].model_copy(update={"tuning": SEARCHING})]
+    shown = [(found, status), (unread, status.model_copy(update={"pools": []}))]
+    metrics.show([*shown, (policy("tuned"), status.model_copy(update={"pools": pools}))], leading=True)
     metrics.wrote("NodeEnergy", "apply")
     metrics.failed("Event")
     with metrics.pass_seconds.time():

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = [DOCS / "security.md", DOCS / "reasons.md", *sorted((DOCS / "runbooks").glob("*.md"))]
+PAGES = [
+    *(DOCS / name for name in ("security.md", "reasons.md", "profiles.md", "tuning.md")),
+    *sorted((DOCS / "runbooks").glob("*.md")),
+]
 LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
 
 

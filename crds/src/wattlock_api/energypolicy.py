@@ -81,7 +81,7 @@ class Clock(ApiModel):
     requestedMHz shows the result."""
     profile: Name | None = None
     """Name of a ClockProfile: the cap is the one of its row for the pool's GPU product,
-    architecture and phase. No row, no lock (reason NoProfileRow). "published" is installed with
+    architecture, phase and work. No row, no lock (reason NoProfileRow). "published" is installed with
     Wattlock and holds what published measurements support."""
     tune: Tune | None = None
 

@@ -183,6 +183,49 @@ class RolloutStatus(ApiModel):
     """What it is doing, or why it went back."""
 
 
+class ProfileRowInUse(ApiModel):
+    """The row of a profile that GPUs of a product have."""
+
+    product: Annotated[str, Field(max_length=128)]
+    """GPU product as NVML names it."""
+    row: int
+    """Its place in the profile, from 1."""
+    cap_mhz: int
+    """Its cap, in MHz."""
+
+
+class PoolWork(ApiModel):
+    """What a pool does, as means over its instances that generate tokens."""
+
+    batch: PositiveDecimalString
+    """Sequences that an instance decodes at once: tokens per second times inter-token latency."""
+    inter_token_latency_ms: PositiveDecimalString
+    """Mean inter-token latency, in milliseconds."""
+
+
+class ProfileStatus(ApiModel):
+    """Which rows of its ClockProfile a pool uses, and for which work. A restarted operator goes on from here."""
+
+    name: Annotated[str, Field(max_length=253)]
+    """Name of the ClockProfile."""
+    rows: Annotated[
+        list[ProfileRowInUse],
+        Field(
+            max_length=MAX_PRODUCT_CAPS,
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["product"]},
+        ),
+    ] = []
+    """One for each product of the pool's GPUs that has a row."""
+    regime: PoolWork | None = None
+    """The work by which rows are chosen. It stays until the work was another one for ten minutes. Absent: not known."""
+    since: Timestamp | None = None
+    """Since when it is that."""
+    work: PoolWork | None = None
+    """The work as it was measured last, smoothed over a minute."""
+    work_changed_at: Timestamp | None = None
+    """Since when the work is another one than the regime: more than a quarter away from it."""
+
+
 class PoolStatus(ApiModel):
     """What was measured on the GPUs of a pool. Absent numbers are unknown, never zero."""
 
@@ -239,6 +282,7 @@ class PoolStatus(ApiModel):
     savings: Savings | None = None
     rollout: RolloutStatus | None = None
     tuning: TuningStatus | None = None
+    profile: ProfileStatus | None = None
     reasons: Annotated[
         list[PoolReason],
         Field(

@@ -1,5 +1,6 @@
 """Where the tuner of a pool is: for people to read, and for a restarted operator to go on from. Bounded."""
 
+from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -9,6 +10,15 @@ from wattlock_api.constants import PowerCapVerdict
 from wattlock_api.pairs import PairStats
 
 Mhz = Annotated[int, Field(ge=100, le=5000)]
+
+
+class SearchCause(StrEnum):
+    """Why a search begins."""
+
+    FIRST = "First"
+    WORK_CHANGED = "WorkChanged"
+    COSTS_ENERGY = "CostsEnergy"
+    BROKE_BOUND = "BrokeBound"
 
 
 class TuningArm(ApiModel):
@@ -45,8 +55,22 @@ class TuningRegime(ApiModel):
     """Mean inter-token latency, in milliseconds."""
     kind: Annotated[str, Field(max_length=64)] = ""
     """Hash over GPU products, driver versions and pod templates."""
+    products: Annotated[list[Annotated[str, Field(max_length=128)]], Field(max_length=8)] = []
+    """The GPU products, as NVML names them: for whoever writes the result down as a row of a ClockProfile."""
+    driver_versions: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=8)] = []
+    """The NVIDIA driver versions, likewise."""
     power_cap: PowerCapVerdict = PowerCapVerdict.UNKNOWN
     """Whether the power limit held the clock down, half an hour after the choice."""
+
+
+class TuningSearches(ApiModel):
+    """How many searches began for a cause."""
+
+    cause: SearchCause
+    """First: the pool asked for a tuner. WorkChanged: the work is another one. CostsEnergy: the chosen cap turned out
+    to cost energy. BrokeBound: the chosen cap turned out to break a bound."""
+    searches: Annotated[int, Field(ge=0)]
+    """Number of searches."""
 
 
 class TuningStatus(ApiModel):
@@ -65,8 +89,21 @@ class TuningStatus(ApiModel):
     """How many arms the search will have, at most."""
     remaining_seconds: int | None = None
     """Time that the search still takes, roughly."""
+    changed_at: Timestamp | None = None
+    """When the phase or the cap last changed: the agents need a moment to act on it."""
     searches: int = 0
     """Searches so far."""
+    begun: Annotated[
+        list[TuningSearches],
+        Field(
+            max_length=8, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["cause"]}
+        ),
+    ] = []
+    """The same by cause."""
+    next_cause: SearchCause = SearchCause.FIRST
+    """Why the next search begins, in phase Starting."""
+    guardrail_arms: Annotated[int, Field(ge=0)] = 0
+    """Arms so far that were given up because the guardrail released half of the instances."""
     goal: Annotated[str, Field(max_length=128)] = ""
     """What is searched for, as a word: another goal begins anew."""
     since: Timestamp | None = None

@@ -1,4 +1,4 @@
-"""Command line of the operator: run (the default), check, release-all."""
+"""Command line of the operator: run (the default), check, profile, release-all."""
 
 import argparse
 import asyncio
@@ -8,7 +8,7 @@ import sys
 
 import kubernetes
 
-from wattlock_operator import check, release_all
+from wattlock_operator import check, profile, release_all
 from wattlock_operator.kube import connect
 from wattlock_operator.run import run
 from wattlock_operator.settings import SettingsError, from_environment
@@ -21,6 +21,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("run", help="run the operator (the default)")
     checking = commands.add_parser("check", help="tell whether the installation works; exit 1 when it does not")
     checking.add_argument("--timeout-seconds", type=float, default=120, help="how long to wait for it (default 120)")
+    writing = commands.add_parser("profile", help="print what a pool's tuner found as a ClockProfile for kubectl apply")
+    writing.add_argument("policy", metavar="NAMESPACE/POLICY", help="the policy with the tuner")
+    writing.add_argument("--pool", default="", help="name of the pool, where several have a tuner")
+    writing.add_argument("--name", default="", help="name of the profile (default: NAMESPACE-POLICY, or PROFILE)")
+    writing.add_argument("--into", default="", metavar="PROFILE", help="an existing profile whose other rows are kept")
     releasing = commands.add_parser("release-all", help="stop operator and agents so that every GPU is released")
     releasing.add_argument("--timeout-seconds", type=float, help="how long to wait (default 240)")
     return parser
@@ -38,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Kopf runs in a thread of its own; the signals are ours.
     logging.getLogger("kopf._core.reactor.running").addFilter(lambda record: "OS signals" not in record.getMessage())
     try:
+        if options.command == "profile":  # reads the API alone: it needs no settings, and works from anywhere
+            asked = (options.policy, options.pool, options.name, options.into)
+            return profile.run(connect(), *asked, sys.stdout, sys.stderr)
         settings = from_environment(os.environ)
         match options.command:
             case "check":

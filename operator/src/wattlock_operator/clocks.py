@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from wattlock_api.clockprofile import ClockProfileSpec, ProfileRow
-from wattlock_api.constants import Architecture, Reason
+from wattlock_api.clockprofile import ClockProfileSpec
+from wattlock_api.constants import Reason
 from wattlock_api.energypolicy import Pool
 from wattlock_api.nodeenergy import Hold, NodeEnergyStatus
+
+from wattlock_operator.rows import find_row, why_no_row
+from wattlock_operator.tuning.model import Regime
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,17 @@ def products_of(report: NodeEnergyStatus | None, pod_uid: str) -> frozenset[str]
     return frozenset(products | {entry.product for entry in report.agent.products})
 
 
-def find_row(profile: ClockProfileSpec, product: str, architecture: Architecture | None) -> ProfileRow | None:
-    """Return the row for a product: the one that names the architecture wins over the one that names none."""
-    rows = [row for row in profile.rows if row.product == product]
-    exact = [row for row in rows if row.architecture is not None and row.architecture == architecture]
-    general = [row for row in rows if row.architecture is None]
-    return next(iter(exact + general), None)
-
-
 def cap_for(
-    pool: Pool, products: frozenset[str], profiles: Mapping[str, ClockProfileSpec], tuned: Cap | Hold | None = None
+    pool: Pool,
+    products: frozenset[str],
+    profiles: Mapping[str, ClockProfileSpec],
+    tuned: Cap | Hold | None = None,
+    regime: Regime | None = None,
 ) -> Cap | Hold:
     """Return the cap that a Decode pool asks of a pod with GPUs of these products, or why there is none.
 
-    ``tuned``: what the pool's tuner wants; ``None`` where it does not work.
+    ``tuned``: what the pool's tuner wants; ``None`` where it does not work. ``regime``: the work that chooses
+    the row of a profile; ``None``: not known.
     """
     if pool.clock is None:
         return hold(Reason.NO_PROFILE_ROW, f"pool {pool.name} has no clock: write clock.maxSMClockMHz or clock.profile")
@@ -76,13 +76,7 @@ def cap_for(
             f"clock.maxSMClockMHz in pool {pool.name}",
         )
     (product,) = products
-    row = find_row(profile, product, pool.architecture)
-    if row is None:
-        kind = f"{product} with architecture {pool.architecture}" if pool.architecture else product
-        return hold(
-            Reason.NO_PROFILE_ROW,
-            f"ClockProfile {name} has no row for {kind}, and a cap is never guessed: let it be found by "
-            f"clock.tune in pool {pool.name}, or measure one and write it as clock.maxSMClockMHz, or as a row of a "
-            "ClockProfile of your own",
-        )
-    return Cap(row.max_sm_clock_mhz)
+    found = find_row(profile, product, pool.architecture, regime)
+    if found is None:
+        return hold(Reason.NO_PROFILE_ROW, f"ClockProfile {name} {why_no_row(profile, product, pool, regime)}")
+    return Cap(found.row.max_sm_clock_mhz)

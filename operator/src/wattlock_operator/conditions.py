@@ -93,6 +93,16 @@ _NOT_READY = (
 OTHERS_WRITE = (Reason.OTHER_WRITER, Reason.FOREIGN_LOCK, Reason.CONTESTED)
 #: Phases of a tuner that come to an end by themselves.
 _SEARCHING = ("Starting", "Searching")
+#: What GPUs are, one after the other, while a tuner goes from arm to arm. That the guardrail ended an arm is told by
+#: GuardrailTripped; on the way down it is to be expected.
+_ARMS = {
+    Reason.LOCKED.value,
+    Reason.CONTROL_EPOCH.value,
+    Reason.WAITING_TO_WRITE.value,
+    Reason.TUNING.value,
+    Reason.GUARDRAIL.value,
+}
+_CAPPED = {Reason.LOCKED.value, Reason.CONTROL_EPOCH.value}
 
 
 def _reason_in(pools: Sequence[PoolStatus], wanted: Sequence[Reason]) -> tuple[str, str] | None:
@@ -160,18 +170,41 @@ def _enforced(facts: Facts) -> Finding:
     decode = [pool for pool in facts.pools if pool.role is Role.DECODE]
     capped = sum(pool.capped for pool in decode)
     gpus = sum(pool.gpus for pool in decode)
-    if gpus and capped == gpus:
+    searching = [pool.name for pool in decode if _on_arms(pool)]
+    if gpus and gpus == sum(_follow_arms(pool) if _on_arms(pool) else pool.capped for pool in decode):
+        if searching:
+            text = (
+                f"every GPU follows the search for the clock of pool {', '.join(searching)}, from one arm to the next"
+            )
+            return Finding(kind, True, Reason.TUNING.value, text[:1024])
         return Finding(kind, True, "Capped", "every GPU of the Decode pools is capped (or in a control epoch)")
     others = [
         (entry.gpus, entry.reason, f"pool {pool.name}: {entry.message}")
         for pool in decode
         for entry in pool.reasons
-        if entry.reason not in (Reason.LOCKED.value, Reason.CONTROL_EPOCH.value)
+        if entry.reason not in (_ARMS if _on_arms(pool) else _CAPPED)
     ]
     if not others:
         return Finding(kind, False, Reason.NO_GPUS.value, "no GPU of a Decode pool is reported yet")
     _, reason, message = max(others, key=lambda entry: entry[0])
     return Finding(kind, False, reason, f"{capped} of {gpus} GPUs are capped. {message}" if gpus else message)
+
+
+def _searching(facts: Facts) -> list[str]:
+    """Return the pools whose tuner is on its way to a choice. In mode Observe it rests, wherever it is."""
+    if facts.policy.spec is None or facts.policy.spec.mode is Mode.OBSERVE:
+        return []
+    return [pool.name for pool in facts.pools if pool.tuning and pool.tuning.phase in _SEARCHING]
+
+
+def _on_arms(pool: PoolStatus) -> bool:
+    """Return whether the pool's tuner measures one cap after the other."""
+    return pool.tuning is not None and pool.tuning.phase == "Searching"
+
+
+def _follow_arms(pool: PoolStatus) -> int:
+    """Return how many GPUs are as the search wants them, or on their way from one arm to the next."""
+    return sum(entry.gpus for entry in pool.reasons if entry.reason in _ARMS)
 
 
 def _progressing(facts: Facts) -> Finding:
@@ -183,11 +216,12 @@ def _progressing(facts: Facts) -> Finding:
             name, rollout = found
             text = f"pool {name}, step {rollout.step} of {rollout.steps}: {rollout.message}"
             return Finding(kind, True, reason, text[:1024])
-    if facts.lagging_nodes:
-        return Finding(kind, True, "WaitingForAgents", _lagging_sentence(facts))
-    if searching := [pool.name for pool in facts.pools if pool.tuning and pool.tuning.phase in _SEARCHING]:
+    # Before the agents that have not acted yet: they have to with each arm.
+    if searching := _searching(facts):
         text = f"the clock of pool {', '.join(searching)} is being found: tuning in status.pools says how far it is"
         return Finding(kind, True, Reason.TUNING.value, text[:1024])
+    if facts.lagging_nodes:
+        return Finding(kind, True, "WaitingForAgents", _lagging_sentence(facts))
     rolled_out = any(pool.rollout is not None and pool.rollout.steps for pool in facts.pools)
     if rolled_out and _rolling(facts, RolloutPhase.ROLLED_BACK) is None:
         return Finding(kind, False, "RolledOut", "every instance has the clock that its pool asks for")
@@ -317,6 +351,12 @@ def _verified(facts: Facts) -> Finding:
     found = [(pool.name, pool.savings) for pool in facts.pools if pool.savings is not None]
     if not found:
         return Finding(kind, None, "NoDecodePool", "the policy has no Decode pool, so nothing is compared")
+    if searching := _searching(facts):
+        # The verdict on each arm comes and goes with it: status.pools has it, beside what the tuner makes of it.
+        text = (
+            f"the clock of pool {', '.join(searching)} is being found: the saving of the choice is verified after that"
+        )
+        return Finding(kind, None, Reason.TUNING.value, text[:1024])
     for wanted, status in ((SavingsVerdict.UNKNOWN, None), (SavingsVerdict.INCONCLUSIVE, False)):
         for name, savings in found:
             if savings.verdict is wanted:

@@ -8,7 +8,7 @@ from wattlock_api.nodeenergy import Order
 from wattlock_api.policystatus import EnergyPolicyStatus, RolloutStatus
 
 from wattlock_operator.accounting import Account
-from wattlock_operator.events import Telling, Told, tell, tell_tuning
+from wattlock_operator.events import Telling, Told, tell, tell_profiles, tell_tuning
 from wattlock_operator.ledger import Ledger
 from wattlock_operator.orders import Orders, give_orders
 from wattlock_operator.peerpower import peer_powers
@@ -18,6 +18,7 @@ from wattlock_operator.reports import PoolKey, collect
 from wattlock_operator.selection import select
 from wattlock_operator.status import report_policy, urgent_change
 from wattlock_operator.tuning.pools import Tuner, tune_pools
+from wattlock_operator.work import Watch, watch_pools
 from wattlock_operator.world import NodeEnergyView, PolicyView, World
 
 #: Numbers alone are written this often.
@@ -52,6 +53,7 @@ class Memory:
     rollouts: Mapping[PoolKey, RolloutStatus] = field(default_factory=dict)
     told: Told = field(default_factory=Told)
     tuners: Mapping[PoolKey, Tuner] = field(default_factory=dict)
+    works: Mapping[PoolKey, Watch] = field(default_factory=dict)
     powers_at: Mapping[str, float] = field(default_factory=dict)
     """When the annotation about power on other nodes was last written, by node."""
 
@@ -135,12 +137,14 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
     reports = collect(world, now_seconds)
     selection = select(world.policies, world.pods)
     tuners = tune_pools(world, selection, reports, memory.ledgers, memory.tuners, now_seconds)
+    works = watch_pools(world, reports, memory.works, now_seconds)
     orders = give_orders(
         world,
         {**_told_rollouts(world), **memory.rollouts},
         now_seconds,
         {key: tuner.order for key, tuner in tuners.items()},
         selection,
+        works,
     )
     powers = peer_powers(world, orders.by_node)
     fresh = {node for node, at_seconds in memory.powers_at.items() if now_seconds - at_seconds < PEER_POWER_SECONDS}
@@ -176,6 +180,7 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
             memory.accounts,
             memory.ledgers,
             tuners,
+            works,
             before,
             releases.get(policy.uid),
             template_problem,
@@ -198,8 +203,9 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
     for _, policy, status, before in due[:MAX_STATUSES]:
         more, told = tell(policy, before.conditions if before else (), status.conditions, told, now_seconds)
         tellings.extend(more)
-        more, told = tell_tuning(policy, before.pools if before else (), status.pools, told, now_seconds)
-        tellings.extend(more)
+        for tell_pools in (tell_tuning, tell_profiles):
+            more, told = tell_pools(policy, before.pools if before else (), status.pools, told, now_seconds)
+            tellings.extend(more)
         written[policy.uid] = Written(status, now_seconds)
     return Decision(
         write_orders=write,
@@ -212,5 +218,5 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         tellings=tuple(tellings),
         released=frozenset(uid for uid, release in releases.items() if release.complete),
         again_soon=again_soon or len(due) > MAX_STATUSES,
-        memory=Memory(accounts, ledgers, written, ordered_nodes, orders.rollouts, told, tuners, powers_at),
+        memory=Memory(accounts, ledgers, written, ordered_nodes, orders.rollouts, told, tuners, works, powers_at),
     )

@@ -136,6 +136,38 @@ def tell_tuning(
     return tuple(tellings), told
 
 
+def tell_profiles(
+    policy: PolicyView, before: Sequence[PoolStatus], after: Sequence[PoolStatus], told: Told, now_seconds: float
+) -> tuple[tuple[Telling, ...], Told]:
+    """Return the Events for pools that now use another row of their ClockProfile.
+
+    The first row, and another profile, come with the policy: nobody needs to be told. They share the bound on all
+    Events of a policy.
+    """
+    known = {pool.name: pool.profile for pool in before}
+    tellings = []
+    for pool in after:
+        now, last = pool.profile, known.get(pool.name)
+        if now is None or last is None or now.name != last.name or not told.room(policy.uid, now_seconds):
+            continue
+        old = {each.product: each.cap_mhz for each in last.rows}
+        moved = [each for each in now.rows if each.cap_mhz != old.get(each.product, each.cap_mhz)]
+        if not moved:
+            continue
+        work = now.regime
+        why = ""
+        if work is not None:
+            why = f" at batch {float(work.batch):.0f} and {float(work.inter_token_latency_ms):.1f} ms between tokens"
+        rows = ", ".join(
+            f"{each.cap_mhz} MHz instead of {old[each.product]} MHz for {each.product} (row {each.row})"
+            for each in moved
+        )
+        told = told.after(policy.uid, "ProfileRow", now_seconds)
+        text = f"pool {pool.name}: ClockProfile {now.name} asks for {rows}{why}"
+        tellings.append(Telling(policy, False, "ProfileRow", text[:1024]))
+    return tuple(tellings), told
+
+
 def tell(
     policy: PolicyView, before: Sequence[Condition], after: Sequence[Condition], told: Told, now_seconds: float
 ) -> tuple[tuple[Telling, ...], Told]:

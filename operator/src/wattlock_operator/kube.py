@@ -224,6 +224,11 @@ def policy_path(namespace: str, name: str) -> str:
     return f"{_GROUP_PATH}/namespaces/{quote(namespace)}/energypolicies/{quote(name)}"
 
 
+def profile_path(name: str) -> str:
+    """Return the path of a ClockProfile."""
+    return f"{PROFILES}/{quote(name)}"
+
+
 def daemon_sets_path(namespace: str, name: str = "") -> str:
     """Return the path of a DaemonSet, or of all of a namespace."""
     return f"/apis/apps/v1/namespaces/{quote(namespace)}/daemonsets" + (f"/{quote(name)}" if name else "")

@@ -126,6 +126,57 @@ POOL_POWER_CAP = MetricSpec(
     (*POOL, "verdict"),
 )
 
+# --- tuners: pools with clock.tune ---
+TUNING_STATE = MetricSpec(
+    "wattlock_pool_tuning_state",
+    "gauge",
+    "",
+    "1 for what the pool's tuner does: Starting, Searching, Confirming, CoolingDown, Settled, Released (nothing pays), "
+    "or Resting (mode Observe)",
+    (*POOL, "state"),
+)
+TUNING_ARM = MetricSpec(
+    "wattlock_pool_tuning_arm", "gauge", "", "Number of the arm under test, from 1; only while a search goes on", POOL
+)
+TUNING_ARMS = MetricSpec(
+    "wattlock_pool_tuning_most_arms",
+    "gauge",
+    "",
+    "How many arms the search will have, at most; only while it goes on",
+    POOL,
+)
+TUNING_CAP = MetricSpec(
+    "wattlock_pool_tuning_cap_hertz",
+    "gauge",
+    "hertz",
+    "The tuner's cap: under test, or chosen; absent while released",
+    POOL,
+)
+TUNING_PAIRS = MetricSpec(
+    "wattlock_pool_tuning_pairs", "gauge", "", "Pairs of epochs under the arms of the present or last search", POOL
+)
+TUNING_REMAINING = MetricSpec(
+    "wattlock_pool_tuning_remaining_seconds",
+    "gauge",
+    "seconds",
+    "Time that the search still takes, roughly; absent where nobody can tell",
+    POOL,
+)
+TUNING_SEARCHES = MetricSpec(
+    "wattlock_pool_tuning_searches_total",
+    "counter",
+    "",
+    "Searches that began, by cause: First, WorkChanged, CostsEnergy or BrokeBound",
+    (*POOL, "cause"),
+)
+TUNING_GUARDRAIL_ARMS = MetricSpec(
+    "wattlock_pool_tuning_guardrail_arms_total",
+    "counter",
+    "",
+    "Arms that were given up because the guardrail released half of the instances",
+    POOL,
+)
+
 # --- savings ---
 POOL_VERDICT = MetricSpec(
     "wattlock_pool_saving_verdict",

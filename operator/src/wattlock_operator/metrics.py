@@ -10,9 +10,10 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.core import Metric
 from wattlock_api.base import DecimalString
-from wattlock_api.constants import ConditionType, PowerCapVerdict, RooflineVerdict, SavingsVerdict
+from wattlock_api.constants import ConditionType, Mode, PowerCapVerdict, RooflineVerdict, SavingsVerdict
 from wattlock_api.metricspec import MetricSpec
 from wattlock_api.policystatus import EnergyPolicyStatus, PoolStatus, Savings
+from wattlock_api.tuningstatus import SearchCause, TuningStatus
 
 from wattlock_operator import metric_specs as specs
 from wattlock_operator.world import PolicyView
@@ -95,7 +96,10 @@ class Metrics:
         for policy, status in islice(snapshot, MAX_POLICIES):
             _policy(page, policy, status)
             for pool in status.pools:
-                _pool(page, pool, (policy.namespace, policy.name, pool.name, pool.role.value))
+                labels = (policy.namespace, policy.name, pool.name, pool.role.value)
+                _pool(page, pool, labels)
+                if pool.tuning is not None:
+                    _tuning(page, pool.tuning, policy.spec.mode if policy.spec else None, labels)
         yield from page.families.values()
 
 
@@ -131,6 +135,37 @@ def _pool(page: _Page, pool: PoolStatus, labels: tuple[str, ...]) -> None:
             page.add(specs.POOL_ROOFLINE, pool.roofline.verdict is limit, *labels, limit.value)
     if pool.savings is not None:
         _savings(page, pool.savings, labels)
+
+
+#: What a tuner does, by the word on the page.
+TUNING_STATES = ("Starting", "Searching", "Confirming", "CoolingDown", "Settled", "Released", "Resting")
+
+
+def _tuning_state(tuning: TuningStatus, mode: Mode | None) -> str:
+    if mode is not Mode.ENFORCE:
+        return "Resting"
+    if tuning.phase != "Searching":
+        return tuning.phase
+    if tuning.cap_mhz is None:
+        return "CoolingDown"
+    return "Confirming" if tuning.confirming else "Searching"
+
+
+def _tuning(page: _Page, tuning: TuningStatus, mode: Mode | None, labels: tuple[str, ...]) -> None:
+    now = _tuning_state(tuning, mode)
+    for state in TUNING_STATES:
+        page.add(specs.TUNING_STATE, state == now, *labels, state)
+    if now != "Resting":
+        page.add(specs.TUNING_ARM, tuning.arm, *labels)
+        page.add(specs.TUNING_ARMS, tuning.arms, *labels)
+        page.add(specs.TUNING_REMAINING, tuning.remaining_seconds, *labels)
+        cap_mhz = None if tuning.phase == "Starting" else tuning.cap_mhz
+        page.add(specs.TUNING_CAP, cap_mhz, *labels, times=_HERTZ_PER_MHZ)
+    page.add(specs.TUNING_PAIRS, sum(arm.sums.pairs for arm in tuning.tried), *labels)
+    counts = {each.cause: each.searches for each in tuning.begun}
+    for cause in SearchCause:
+        page.add(specs.TUNING_SEARCHES, counts.get(cause, 0), *labels, cause.value)
+    page.add(specs.TUNING_GUARDRAIL_ARMS, tuning.guardrail_arms, *labels)
 
 
 def _savings(page: _Page, savings: Savings, labels: tuple[str, ...]) -> None:

@@ -23,6 +23,7 @@ from wattlock_operator.selection import (
     serves_metrics,
 )
 from wattlock_operator.sharing import Refusal, refusals
+from wattlock_operator.work import Watch
 from wattlock_operator.world import PodView, World
 from wattlock_operator.writers import controller_of
 
@@ -75,7 +76,11 @@ def metrics_url(member: Member, world: World) -> str | None:
 
 
 def _verdict(
-    member: Member, world: World, peers: frozenset[tuple[str, ...]], tuned: Mapping[PoolKey, Cap | Hold]
+    member: Member,
+    world: World,
+    peers: frozenset[tuple[str, ...]],
+    tuned: Mapping[PoolKey, Cap | Hold],
+    works: Mapping[PoolKey, Watch],
 ) -> Cap | Hold:
     """Return the cap of one Decode pod, or why it has none."""
     if member.rivals:
@@ -115,8 +120,9 @@ def _verdict(
             )
     node_energy = world.node_energies.get(member.pod.node)
     report = node_energy.status if node_energy else None
-    wanted = tuned.get((member.policy.uid, member.pool.name))
-    return cap_for(member.pool, products_of(report, member.pod.uid), world.profiles, wanted)
+    key = (member.policy.uid, member.pool.name)
+    products = products_of(report, member.pod.uid)
+    return cap_for(member.pool, products, world.profiles, tuned.get(key), works.get(key, Watch()).regime)
 
 
 def _agree(verdicts: Sequence[Cap | Hold]) -> Cap | Hold:
@@ -228,6 +234,7 @@ def give_orders(
     now_seconds: float = 0.0,
     tuned: Mapping[PoolKey, Cap | Hold] | None = None,
     selection: Selection | None = None,
+    works: Mapping[PoolKey, Watch] | None = None,
 ) -> Orders:
     """Return the orders for all nodes.
 
@@ -237,8 +244,9 @@ def give_orders(
         now_seconds: since 1970.
         tuned: what the tuners of pools want.
         selection: who is selected, where the caller knows already.
+        works: what the pools with a profile do.
     """
-    tuned = tuned or {}
+    tuned, works = tuned or {}, works or {}
     selection = selection or select(world.policies, world.pods)
     refused = refusals(world.policies, world.allowed_placements)
     by_node: dict[str, list[tuple[Member, Order]]] = defaultdict(list)
@@ -255,7 +263,7 @@ def give_orders(
         verdicts: dict[str, list[Cap | Hold]] = defaultdict(list)
         for member in with_gpu:
             if member.pool.role is Role.DECODE:
-                verdicts[member.instance].append(_verdict(member, world, peers, tuned))
+                verdicts[member.instance].append(_verdict(member, world, peers, tuned, works))
         agreed = {instance: _agree(found) for instance, found in verdicts.items()}
         turns, states = roll_out(world, with_gpu, agreed, rollouts or {}, now_seconds)
         agreed |= turns
@@ -265,7 +273,9 @@ def give_orders(
             if isinstance(verdict, Cap) and member.spec.mode is Mode.ENFORCE:
                 verdict = _released_elsewhere(world, member, instances[member.instance].span) or verdict
             if member.rivals and verdict is None:
-                verdict = _verdict(member, world, peers, tuned)  # a Prefill pool lost the dispute or won it: say so
+                verdict = _verdict(
+                    member, world, peers, tuned, works
+                )  # a Prefill pool lost the dispute or won it: say so
             by_node[member.pod.node].append((member, _order(member, verdict, instances[member.instance], world)))
     final: dict[str, tuple[Order, ...]] = {}
     for node, entries in by_node.items():

@@ -8,7 +8,16 @@ from wattlock_api.base import DecimalString, decimal_string
 from wattlock_api.constants import GpuState, PowerCapVerdict, Reason, Role
 from wattlock_api.energypolicy import Pool
 from wattlock_api.nodeenergy import InstanceStatus, Order
-from wattlock_api.policystatus import CountedEnergy, Limiters, PoolReason, PoolStatus, PowerCap, RolloutStatus, Savings
+from wattlock_api.policystatus import (
+    CountedEnergy,
+    Limiters,
+    PoolReason,
+    PoolStatus,
+    PowerCap,
+    ProfileStatus,
+    RolloutStatus,
+    Savings,
+)
 from wattlock_api.tuningstatus import TuningStatus
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Account, counted_capped_joules, counted_joules
@@ -226,6 +235,7 @@ def pool_status(
     held: Sequence[Order],
     problems: Sequence[PodProblem],
     rollout: RolloutStatus | None = None,
+    profile: ProfileStatus | None = None,
 ) -> PoolStatus:
     """Return what is to be said about a pool. A number that was not measured is absent."""
     fresh = [entry for entry in report.gpus if not entry.silent]
@@ -281,6 +291,7 @@ def pool_status(
         savings=savings,
         rollout=rollout,
         tuning=tuning,
+        profile=profile,
         reasons=_reasons(fresh, instances, problems, held, bool(members), pool),
     )
 

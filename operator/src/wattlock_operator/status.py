@@ -7,7 +7,7 @@ from wattlock_api.base import parse_timestamp
 from wattlock_api.constants import Mode, Reason, Role, RolloutPhase, SavingsVerdict
 from wattlock_api.energypolicy import Pool
 from wattlock_api.pairs import PairStats
-from wattlock_api.policystatus import EnergyPolicyStatus, PoolStatus, Summary
+from wattlock_api.policystatus import EnergyPolicyStatus, PoolStatus, ProfileStatus, Summary
 from wattlock_api.tuningstatus import TuningStatus
 
 from wattlock_operator.accounting import JOULES_PER_KWH, Account, Saved, Sums, open_or_advance
@@ -18,13 +18,18 @@ from wattlock_operator.pooling import saving_percent
 from wattlock_operator.poolstatus import held_orders, pod_problems, pool_status
 from wattlock_operator.release import Release
 from wattlock_operator.reports import PoolKey, PoolReport, number
+from wattlock_operator.rows import rows_in_use
 from wattlock_operator.savings import Finding, find_saving, with_totals
 from wattlock_operator.tuning.evidence import MAX_TRIALS
 from wattlock_operator.tuning.pools import Tuner
+from wattlock_operator.work import Watch, told_watch
 from wattlock_operator.world import PolicyView, World
 
 #: Agents that start for a new policy are given this time before their absence is a warning.
 STARTING_SECONDS = 90.0
+#: An agent that has not acted on an arm of a tuner after so long is told of: it acts within a few seconds, and reports
+#: every 15 s at most.
+ARM_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,12 @@ def lagging_nodes(world: World, orders: Orders, uid: str) -> tuple[str, ...]:
         if not written or report is None or node_energy is None or report.observed_generation < node_energy.generation:
             found.append(name)
     return tuple(sorted(found))
+
+
+def _changes_arm(policy: PolicyView, tuners: Mapping[PoolKey, Tuner], now_seconds: float) -> bool:
+    """Return whether a tuner of the policy has just changed what it wants: its agents need a moment, each time."""
+    changed = (tuner.state.changed_seconds for (uid, _), tuner in tuners.items() if uid == policy.uid)
+    return any(at is not None and now_seconds - at < ARM_SECONDS for at in changed)
 
 
 def suspects(world: World, reports: Sequence[PoolReport]) -> Mapping[str, Sequence[str]]:
@@ -164,6 +175,18 @@ def _tuning(pool: Pool, tuner: Tuner | None, before: PoolStatus | None) -> Tunin
     return before.tuning if before is not None and pool.clock is not None and pool.clock.tune is not None else None
 
 
+def _profile(pool: Pool, work: Watch | None, report: PoolReport, world: World) -> ProfileStatus | None:
+    """Return which rows of its ClockProfile a pool uses."""
+    if work is None or pool.clock is None or pool.clock.profile is None:
+        return None
+    told, profile = told_watch(pool.clock.profile, work), world.profiles.get(pool.clock.profile)
+    if profile is None:
+        return told
+    products = {entry.gpu.product for entry in report.gpus} - {""}
+    rows = rows_in_use(profile, products, pool.architecture, work.regime)
+    return told.model_copy(update={"rows": rows})
+
+
 def report_policy(
     policy: PolicyView,
     world: World,
@@ -172,6 +195,7 @@ def report_policy(
     accounts: Mapping[PoolKey, Account],
     ledgers: Mapping[PoolKey, Ledger],
     tuners: Mapping[PoolKey, Tuner],
+    works: Mapping[PoolKey, Watch],
     before: EnergyPolicyStatus | None,
     release: Release | None,
     template_problem: str,
@@ -209,6 +233,7 @@ def report_policy(
             pool_status(
                 *(pool, own, report, account, savings, tuning, held.get(pool.name, ()), found),
                 orders.rollouts.get(key),
+                _profile(pool, works.get(key), report, world),
             )
         )
         pool_reports.append(report)
@@ -219,7 +244,7 @@ def report_policy(
         disputes=orders.selection.disputes.get(policy.uid, ()) if release is None else (),
         claimed=[each for each in members if each.pod.claims and each.pod.wants_gpu and each.pool.role is Role.DECODE],
         suspects=suspects(world, pool_reports),
-        lagging_nodes=lagging_nodes(world, orders, policy.uid),
+        lagging_nodes=() if _changes_arm(policy, tuners, now_seconds) else lagging_nodes(world, orders, policy.uid),
         release=release,
         template_problem=template_problem,
         refusal=orders.refused.get(policy.uid),
@@ -250,6 +275,7 @@ def urgent_change(before: EnergyPolicyStatus | None, after: EnergyPolicyStatus) 
             {(condition.type, condition.status, condition.reason) for condition in status.conditions},
             (status.summary.gpus, status.summary.clock),
             [pool.rollout for pool in status.pools],
+            [(pool.name, pool.profile.rows, pool.profile.since) for pool in status.pools if pool.profile is not None],
             {(pool.name, pool.tuning.phase, pool.tuning.cap_mhz) for pool in status.pools if pool.tuning is not None},
             {
                 (pool.name, pool.pods, routine(entry.reason))

@@ -54,13 +54,13 @@ def compare(cell: Cell, levers: Levers) -> Alternatives:
     limits = range(int(cell.limit_watts), int(MIN_LIMIT_WATTS) - 1, -LIMIT_STEP_WATTS)
     caps = {watts: levers.effect(limit_watts=watts) for watts in limits}
     power_watts = max((watts for watts, effect in caps.items() if effect.within), key=lambda each: caps[each].saving)
-    row = find_row(PUBLISHED, f"NVIDIA {cell.product.value}", Architecture(cell.architecture.value))
+    found = find_row(PUBLISHED, f"NVIDIA {cell.product.value}", Architecture(cell.architecture.value))
     return Alternatives(
         oracle_mhz=oracle_mhz,
         oracle=clocks[oracle_mhz],
         power_watts=power_watts,
         power=caps[power_watts],
         published=clocks[1590],
-        profile=NOTHING if row is None else clocks[row.max_sm_clock_mhz],
+        profile=NOTHING if found is None else clocks[found.row.max_sm_clock_mhz],
         caps=tuple(caps.values()),
     )

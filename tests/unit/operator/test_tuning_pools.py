@@ -18,6 +18,7 @@ from wattlock_operator.decide import Decision, Memory, decide
 from wattlock_operator.pooling import Sample
 from wattlock_operator.pooling import pool as pool_effect
 from wattlock_operator.reports import collect
+from wattlock_operator.tunedrow import tuned_row
 from wattlock_operator.tuning.model import Goal, Tuning
 from wattlock_operator.tuning.pools import goal_of, supported_mhz
 from wattlock_operator.tuning.record import from_status, goal_word, to_status
@@ -385,3 +386,82 @@ def test_a_tuned_saving_needs_the_evidence_of_a_pick_of_twelve():
     )
     less = replace(more, chances=1)
     assert at_every_look(more).high > at_every_look(less).high
+
+
+def test_what_was_found_can_be_written_down_as_a_row():
+    site = Site()
+    found = site.search(restart_every=3)
+    row = tuned_row(site._world().policies[0])
+    assert (row.product, row.max_sm_clock_mhz) == ("NVIDIA H200", found.cap_mhz)
+    assert row.evidence.driver_version == "580.159"
+    assert row.regime.min_batch == pytest.approx(32 / 1.6, rel=0.01)
+
+
+def test_searches_are_counted_by_cause_and_arms_by_the_guardrail_through_restarts():
+    site = Site()
+    while site.caps[-1:] != [1260]:
+        site.look()
+    site.tripped = PODS[:2]
+    for _ in range(3):
+        site.look()
+        site.memory = Memory()
+    site.tripped = ()
+    found = site.search(restart_every=1)
+    assert ([(each.cause, each.searches) for each in found.begun], found.guardrail_arms) == ([("First", 1)], 1)
+    site.driver = "590.1"
+    for _ in range(4):
+        site.look()
+    found = site.search(restart_every=2)
+    assert [(each.cause, each.searches) for each in found.begun] == [("First", 1), ("WorkChanged", 1)]
+    site.tripped = PODS
+    site.look()
+    assert site.tuning.guardrail_arms == 2
+    assert {each.cause: each.searches for each in site.tuning.begun} == {"First": 1, "WorkChanged": 1, "BrokeBound": 1}
+    assert site.tuning.searches == 3
+
+
+def told_conditions(site: Site) -> dict[str, tuple[str, str, str]]:
+    return {each.type: (each.status, each.reason, each.message) for each in site.status.conditions}
+
+
+def test_conditions_stand_still_from_the_first_arm_to_the_choice():
+    site, seen = Site(), []
+    for number in range(1, 400):
+        # Between the looks of the search ones that see the agents at work: each change of arm is caught in the middle.
+        site.look(5.0 if number % 2 else LOOK_SECONDS)
+        if site.tuning.phase == "Searching":
+            seen.append(told_conditions(site))
+        elif seen:
+            break
+    assert len({cap for cap in site.caps if cap is not None}) >= 4
+    steady = ("Ready", "Enforced", "Progressing", "Verified", "GuardrailTripped")
+    for kind in steady:
+        assert {each[kind] for each in seen[1:]} == {seen[-1][kind]}, kind
+    assert [seen[-1][kind][:2] for kind in steady] == [
+        ("True", "InForce"),
+        ("True", "Tuning"),
+        ("True", "Tuning"),
+        ("Unknown", "Tuning"),
+        ("False", "WithinLimits"),
+    ]
+    reasons = [reason for reason, _ in site.events]
+    assert {reason: reasons.count(reason) for reason in set(reasons) - {"TuningArm"}} == dict.fromkeys(
+        set(reasons) - {"TuningArm"}, 1
+    )
+
+
+def test_agents_that_do_not_act_on_an_arm_are_told_of_after_a_minute():
+    site = Site()
+    while len({cap for cap in site.caps if cap is not None}) < 2:
+        before = site.written
+        site.look()
+    assert told_conditions(site)["Ready"][:2] == ("True", "InForce")
+    site.written = before  # the new orders do not arrive
+
+    def ready(seconds: float) -> tuple[str, str]:
+        statuses = decide(site._world(), None, site.memory, site.now + seconds).statuses
+        found = next(each for each in statuses["uid-qwen"].conditions if each.type == "Ready")
+        return found.status, found.reason
+
+    assert ready(50) == ("True", "InForce")
+    assert ready(61) == ("False", "WaitingForAgents")

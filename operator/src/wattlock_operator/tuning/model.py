@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from wattlock_api.tuningstatus import SearchCause
+
 from wattlock_operator.ledger import Tally
 
 NO_PAIRS = Tally()
@@ -84,6 +86,10 @@ class Regime:
     """Products, driver versions and pod templates, as one word."""
     power_limited: bool | None = None
     """Whether the power limit held the clock down; ``None``: not known."""
+    products: tuple[str, ...] = ()
+    """GPU products that ``kind`` is about."""
+    drivers: tuple[str, ...] = ()
+    """Driver versions that ``kind`` is about."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,14 @@ class Tuning:
     """When the last look was."""
     searches: int = 0
     """Searches so far, the present one included."""
+    begun: Mapping[SearchCause, int] = field(default_factory=dict)
+    """The same by cause."""
+    next_cause: SearchCause = SearchCause.FIRST
+    """Why the next search begins."""
+    guardrail_arms: int = 0
+    """Arms so far that the guardrail ended."""
+    changed_seconds: float | None = None
+    """When phase or cap last changed; ``None``: never."""
     began_seconds: float | None = None
     """When the present or last search began."""
     took_seconds: float = 0.0

@@ -3,7 +3,7 @@
 import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wattlock_api.constants import Mode, PowerCapVerdict, Reason
 from wattlock_api.energypolicy import Guardrail, Pool, Tune
@@ -15,12 +15,13 @@ from wattlock_api.tuningstatus import TuningStatus
 from wattlock_operator.clocks import Cap, hold
 from wattlock_operator.ledger import Ledger, Tally, advance, opening
 from wattlock_operator.poolstatus import power_cap
-from wattlock_operator.reports import NodeInstance, PoolKey, PoolReport, number
+from wattlock_operator.reports import NodeInstance, PoolKey, PoolReport
 from wattlock_operator.selection import Member, Selection
 from wattlock_operator.tuning.model import Goal, Objective, Observation, Patience, Phase, Regime, Tuning
 from wattlock_operator.tuning.progress import describe
 from wattlock_operator.tuning.record import from_status, to_status
 from wattlock_operator.tuning.step import step
+from wattlock_operator.work import measured_work
 from wattlock_operator.world import PolicyView, World
 
 #: While the tuner searches, so many of the epochs are released: the fastest that the schedule can compare.
@@ -98,8 +99,10 @@ def supported_mhz(world: World, report: PoolReport) -> tuple[int, ...]:
     return tuple(sorted((mhz for mhz in common or () if 100 <= mhz <= 5000), reverse=True))
 
 
-def _kind(world: World, members: Sequence[Member], report: PoolReport) -> str:
-    """Return products, drivers and pod templates as one word."""
+def _regime(world: World, members: Sequence[Member], report: PoolReport) -> Regime | None:
+    work = measured_work(report)
+    if work is None:
+        return None
     drivers = {
         told.agent.driver_version
         for node in {entry.node for entry in report.gpus}
@@ -110,23 +113,14 @@ def _kind(world: World, members: Sequence[Member], report: PoolReport) -> str:
         sorted(drivers - {""}),
         sorted({member.pod.labels.get(label, "") for member in members for label in _TEMPLATE_LABELS} - {""}),
     ]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _regime(world: World, members: Sequence[Member], report: PoolReport) -> Regime | None:
-    known = [
-        (number(item.instance.tokens_per_second), number(item.instance.inter_token_latency_ms) / 1000)
-        for item in report.instances
-        if not item.silent and item.instance.tokens_per_second and item.instance.inter_token_latency_ms
-    ]
-    known = [(rate, latency) for rate, latency in known if rate > 0 and latency > 0]
-    if not known:
-        return None
-    tokens = sum(rate for rate, _ in known)
-    latency = sum(rate * each for rate, each in known) / tokens
     verdict = power_cap(report.gpus).verdict
-    limited = None if verdict is PowerCapVerdict.UNKNOWN else verdict is PowerCapVerdict.BINDING
-    return Regime(tokens * latency / len(known), latency, _kind(world, members, report), limited)
+    return replace(
+        work,
+        kind=hashlib.sha256(repr(parts).encode()).hexdigest()[:16],
+        power_limited=None if verdict is PowerCapVerdict.UNKNOWN else verdict is PowerCapVerdict.BINDING,
+        products=tuple(parts[0]),
+        drivers=tuple(parts[1]),
+    )
 
 
 def _released_mhz(report: PoolReport) -> int | None:

@@ -5,7 +5,7 @@ from typing import Literal
 from wattlock_api.base import decimal_string, parse_timestamp, timestamp
 from wattlock_api.constants import PowerCapVerdict
 from wattlock_api.pairs import PairStats
-from wattlock_api.tuningstatus import TuningArm, TuningRegime, TuningStatus
+from wattlock_api.tuningstatus import TuningArm, TuningRegime, TuningSearches, TuningStatus
 
 from wattlock_operator.ledger import Tally, published, tally_of
 from wattlock_operator.reports import number
@@ -74,7 +74,11 @@ def to_status(state: Tuning, goal: Goal, seen: Observation) -> TuningStatus:
         arms=found.arms if found else None,
         # To the minute: a forecast that changes with every look would only be noise.
         remaining_seconds=None if left is None else 60 * round(left / 60),
+        changed_at=_time(state.changed_seconds),
         searches=state.searches,
+        begun=[TuningSearches(cause=cause, searches=count) for cause, count in sorted(state.begun.items())],
+        next_cause=state.next_cause,
+        guardrail_arms=state.guardrail_arms,
         goal=goal_word(goal),
         since=_time(state.since_seconds),
         search_began=_time(state.began_seconds),
@@ -90,6 +94,8 @@ def to_status(state: Tuning, goal: Goal, seen: Observation) -> TuningStatus:
             inter_token_latency_ms=decimal_string(1000 * regime.latency_seconds, 3),
             kind=regime.kind,
             power_cap=_VERDICTS[regime.power_limited],
+            products=[product[:128] for product in regime.products[:8]],
+            driver_versions=[driver[:64] for driver in regime.drivers[:8]],
         ),
         tried=[_arm(trial) for trial in state.trials],
         held=None if state.current_mhz is None or not state.held.pairs else _stats(state.current_mhz, state.held),
@@ -105,7 +111,14 @@ def _regime(status: TuningRegime | None) -> Regime | None:
         return None
     limited = {verdict: flag for flag, verdict in _VERDICTS.items()}[status.power_cap]
     latency_seconds = number(status.inter_token_latency_ms) / 1000
-    return Regime(number(status.batch), latency_seconds, status.kind, limited)
+    return Regime(
+        number(status.batch),
+        latency_seconds,
+        status.kind,
+        limited,
+        tuple(status.products),
+        tuple(status.driver_versions),
+    )
 
 
 def from_status(status: TuningStatus | None, goal: Goal) -> Tuning:
@@ -117,6 +130,10 @@ def from_status(status: TuningStatus | None, goal: Goal) -> Tuning:
             phase=Phase(status.phase),
             since_seconds=_seconds(status.since),
             searches=status.searches,
+            begun={each.cause: each.searches for each in status.begun},
+            next_cause=status.next_cause,
+            guardrail_arms=status.guardrail_arms,
+            changed_seconds=_seconds(status.changed_at),
             began_seconds=_seconds(status.search_began),
             took_seconds=float(status.search_seconds),
             trials=tuple(

@@ -18,7 +18,8 @@ LATENCY_FACTOR = 1.35
 FOLLOW_SECONDS = 1800.0
 
 
-def _ratio(one: float, other: float) -> float:
+def ratio(one: float, other: float) -> float:
+    """Return by what factor two positive numbers differ, at least 1; 1 where one of them is no such number."""
     if not (one > 0 and other > 0 and math.isfinite(one) and math.isfinite(other)):
         return 1.0
     return math.exp(abs(math.log(one) - math.log(other)))
@@ -30,9 +31,9 @@ def moved(reference: Regime | None, now: Regime | None) -> str:
         return ""
     if reference.kind != now.kind:
         return "other pods, GPUs or drivers"
-    if _ratio(reference.batch, now.batch) > BATCH_FACTOR:
+    if ratio(reference.batch, now.batch) > BATCH_FACTOR:
         return f"an instance decodes {now.batch:.0f} sequences at once instead of {reference.batch:.0f}"
-    if _ratio(reference.latency_seconds, now.latency_seconds) > LATENCY_FACTOR:
+    if ratio(reference.latency_seconds, now.latency_seconds) > LATENCY_FACTOR:
         before, after = 1000 * reference.latency_seconds, 1000 * now.latency_seconds
         return f"inter-token latency is {after:.1f} ms instead of {before:.1f} ms: other contexts or another model"
     if None not in (reference.power_limited, now.power_limited) and reference.power_limited != now.power_limited:
@@ -45,9 +46,9 @@ def is_other_kind(reference: Regime | None, now: Regime | None) -> bool:
     return reference is not None and now is not None and reference.kind != now.kind
 
 
-def follow(reference: Regime, now: Regime, seconds: float) -> Regime:
+def follow(reference: Regime, now: Regime, seconds: float, time_constant_seconds: float = FOLLOW_SECONDS) -> Regime:
     """Return the reference moved towards what is seen, as far as the time since the last look allows."""
-    share = -math.expm1(-max(0.0, seconds) / FOLLOW_SECONDS)
+    share = -math.expm1(-max(0.0, seconds) / time_constant_seconds)
 
     def between(old: float, new: float) -> float:
         if not (old > 0 and new > 0 and math.isfinite(old) and math.isfinite(new)):

@@ -11,7 +11,11 @@
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypedDict
+
+from wattlock_api.tuningstatus import SearchCause
 
 from wattlock_operator.tuning.arms import (
     STEP,
@@ -46,11 +50,17 @@ CLOCK_SECONDS = 180.0
 NOTE_POWER_SECONDS = 1800.0
 
 
+class _Counts(TypedDict):
+    searches: int
+    begun: Mapping[SearchCause, int]
+
+
 def step(state: Tuning, goal: Goal, seen: Observation, patience: Patience = PATIENCE) -> Tuning:
     """Return the tuner after a look. Looks may come at any time; each pair is counted once.
 
     A change of ``goal`` is a new tuner: the caller begins with an empty state.
     """
+    before = (state.phase, state.cap_mhz)
     state = _counted(state, seen)
     if state.since_seconds is None:
         state = replace(state, since_seconds=seen.now_seconds, looked_seconds=seen.now_seconds)
@@ -60,9 +70,11 @@ def step(state: Tuning, goal: Goal, seen: Observation, patience: Patience = PATI
     elif state.phase is Phase.SEARCHING:
         state = _search(state, goal, seen, patience)
     elif (reason := _wants_anew(state, seen, patience)) is not None:
-        state = _anew(state, seen, reason)
+        state = _anew(state, seen, *reason)
     elif state.phase is Phase.SETTLED:
         state = _hold(state, goal, seen)
+    if (state.phase, state.cap_mhz) != before:
+        state = replace(state, changed_seconds=seen.now_seconds)
     return replace(state, looked_seconds=seen.now_seconds)
 
 
@@ -96,9 +108,11 @@ def _with_regime(state: Tuning, seen: Observation) -> Tuning:
     reference = state.regime
     if reference is None or now is None:
         return replace(state, regime=reference or now)
+    if reference.kind == now.kind:  # a status of before does not tell them
+        reference = replace(reference, products=now.products, drivers=now.drivers)
     if moved(reference, now):
         since = state.moved_since_seconds
-        return replace(state, moved_since_seconds=seen.now_seconds if since is None else since)
+        return replace(state, regime=reference, moved_since_seconds=seen.now_seconds if since is None else since)
     if not resting:
         last = seen.now_seconds if state.looked_seconds is None else state.looked_seconds
         reference = follow(reference, now, seen.now_seconds - last)
@@ -133,13 +147,18 @@ def _start(state: Tuning, goal: Goal, seen: Observation, patience: Patience) -> 
         phase=Phase.SEARCHING,
         since_seconds=seen.now_seconds,
         began_seconds=seen.now_seconds,
-        searches=state.searches + 1,
+        **_one_more(state, state.next_cause),
         trials=(),
         confirming=False,
         top_mhz=top,
         note="",
     )
     return _advance(replace(begun, current_mhz=None), goal, seen, start_mhz=_start_mhz(state, top))
+
+
+def _one_more(state: Tuning, cause: SearchCause) -> _Counts:
+    """Return the counts of searches with one more."""
+    return {"searches": state.searches + 1, "begun": {**state.begun, cause: state.begun.get(cause, 0) + 1}}
 
 
 def _start_mhz(state: Tuning, top_mhz: int) -> int:
@@ -150,7 +169,8 @@ def _start_mhz(state: Tuning, top_mhz: int) -> int:
 
 def _search(state: Tuning, goal: Goal, seen: Observation, patience: Patience) -> Tuning:
     if _has_moved(state, seen, patience):
-        return _anew(state, seen, f"the work changed during the search: {moved(state.regime, seen.regime)}")
+        reason = f"the work changed during the search: {moved(state.regime, seen.regime)}"
+        return _anew(state, seen, SearchCause.WORK_CHANGED, reason)
     if too_many_tripped(seen):
         # Released until the cool-down is over: what comes next would not be measured anyway.
         note = f"the guardrail released {seen.tripped} of {seen.instances} instance(s)"
@@ -158,7 +178,8 @@ def _search(state: Tuning, goal: Goal, seen: Observation, patience: Patience) ->
             replace(trial, outcome=Outcome.BREACH, note=note) if trial.cap_mhz == state.current_mhz else trial
             for trial in state.trials
         )
-        return replace(state, trials=trials, current_mhz=None, confirming=False, note=note)
+        ended = state.guardrail_arms + (state.current_mhz is not None)  # it goes on through the cool-down
+        return replace(state, trials=trials, current_mhz=None, confirming=False, guardrail_arms=ended, note=note)
     return _advance(state, goal, seen)
 
 
@@ -211,25 +232,28 @@ def _finish(state: Tuning, seen: Observation, phase: Phase, cap_mhz: int | None,
     )
 
 
-def _wants_anew(state: Tuning, seen: Observation, patience: Patience) -> str | None:
+def _wants_anew(state: Tuning, seen: Observation, patience: Patience) -> tuple[SearchCause, str] | None:
     """Return why a settled tuner searches anew; ``None``: it does not."""
     if state.phase is Phase.SETTLED and costs_energy(state.held):
-        return "the chosen cap costs energy now"
+        return SearchCause.COSTS_ENERGY, "the chosen cap costs energy now"
     if not _has_moved(state, seen, patience):
         return None
     rested = _age_seconds(state, seen) >= patience.rest_after_seconds(state.took_seconds)
     if not (rested or is_other_kind(state.regime, seen.regime)):
         return None
-    return moved(state.regime, seen.regime) or "the work is another one"
+    return SearchCause.WORK_CHANGED, moved(state.regime, seen.regime) or "the work is another one"
 
 
-def _anew(state: Tuning, seen: Observation, reason: str) -> Tuning:
+def _anew(state: Tuning, seen: Observation, cause: SearchCause, reason: str) -> Tuning:
     """Begin again, from the released pool: it tells what the work is now."""
     chosen = state.current_mhz if state.phase is Phase.SETTLED else None
     return Tuning(
         since_seconds=seen.now_seconds,
         looked_seconds=seen.now_seconds,
         searches=state.searches,
+        begun=state.begun,
+        next_cause=cause,
+        guardrail_arms=state.guardrail_arms,
         took_seconds=state.took_seconds,
         current_mhz=chosen,
         note=f"searching anew: {reason}",
@@ -252,7 +276,8 @@ def _hold(state: Tuning, goal: Goal, seen: Observation) -> Tuning:
         phase=Phase.SEARCHING,
         since_seconds=seen.now_seconds,
         began_seconds=seen.now_seconds,
-        searches=state.searches + 1,
+        **_one_more(state, SearchCause.BROKE_BOUND),
+        guardrail_arms=state.guardrail_arms + tripped,
         trials=trials,
         current_mhz=None,
         confirming=False,
