@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import yaml
 from workloads import AGENT_LABEL, OPERATOR_LABEL, SYSTEM, Simulator, Workload, eventually, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -44,6 +45,17 @@ def kill(workload: Workload, label: str) -> None:
     workload.kubectl.within(SYSTEM).run("delete", "pods", "-l", label, "--force", "--grace-period=0")
 
 
+def written_down(workload: Workload) -> dict[str, Any]:
+    """Have the operator print what it found, and apply it as anybody would."""
+    words = ("wattlock-operator", "profile", f"{workload.namespace}/qwen")
+    printed = workload.kubectl.within(SYSTEM).run("exec", "deploy/wattlock-operator", "--", *words).stdout
+    profile: dict[str, Any] = yaml.safe_load(printed)
+    workload.kubectl.apply(profile)
+    found: dict[str, Any] = workload.kubectl.get("clockprofile", profile["metadata"]["name"])
+    workload.kubectl.run("delete", "clockprofile", profile["metadata"]["name"])
+    return found
+
+
 def test_a_pool_finds_its_clock_and_looks_again(workload: Workload, simulator: Simulator, good_policy):
     workload.deploy(serving("decode", 7, batch=BATCH), serving("prefill", 1))
     gpus = workload.gpus("decode")
@@ -74,6 +86,10 @@ def test_a_pool_finds_its_clock_and_looks_again(workload: Workload, simulator: S
     assert oracle * STEP <= chosen <= oracle / STEP
     assert saving >= 0.95 * most
     eventually("it is in force", lambda: {simulator.gpus()[uuid]["lock_mhz"] for uuid in gpus} >= {chosen}, 90)
+
+    profile = written_down(workload)
+    assert [row["maxSMClockMHz"] for row in profile["spec"]["rows"]] == [chosen]
+    assert profile["spec"]["rows"][0]["evidence"]["kind"] == "Measured"
 
     for pod in workload.pods("decode"):
         workload.simulate(pod, batch=QUIET_BATCH)
