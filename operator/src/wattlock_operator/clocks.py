@@ -48,7 +48,7 @@ def find_row(profile: ClockProfileSpec, product: str, architecture: Architecture
 def cap_for(
     pool: Pool, products: frozenset[str], profiles: Mapping[str, ClockProfileSpec], tuned: Cap | Hold | None = None
 ) -> Cap | Hold:
-    """Return the cap that a Decode pool asks of a pod with GPUs of these products, or why there is none.
+    """Return the cap that a pool asks of a pod with GPUs of these products, or why there is none.
 
     ``tuned``: what the pool's tuner wants; ``None`` where it does not work.
     """

@@ -21,6 +21,7 @@ from wattlock_api.constants import (
 from wattlock_api.energypolicy import EnergyPolicySpec
 from wattlock_api.policystatus import PoolStatus, RolloutStatus, Savings
 
+from wattlock_operator.poolstatus import CAPPED
 from wattlock_operator.release import Release, release_sentence
 from wattlock_operator.reports import PoolReport
 from wattlock_operator.selection import Member
@@ -39,7 +40,7 @@ class Facts:
     """In the order of ``pools``."""
     disputes: Sequence[Member] = ()
     claimed: Sequence[Member] = ()
-    """Decode pods whose GPUs another controller sets as well, by an annotation."""
+    """Pods that may be capped whose GPUs another controller sets as well, by an annotation."""
     suspects: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Pods that may set clocks or power, by node."""
     lagging_nodes: Sequence[str] = ()
@@ -155,21 +156,24 @@ def _enforced(facts: Facts) -> Finding:
         return Finding(kind, False, "Releasing" if facts.release else "InvalidSpec", "no GPU is to be capped")
     if spec.mode is Mode.OBSERVE:
         return Finding(
-            kind, False, Reason.OBSERVE_MODE.value, "mode is Observe: write mode: Enforce to cap the Decode pools"
+            kind, False, Reason.OBSERVE_MODE.value, "mode is Observe: write mode: Enforce to cap the pools with a clock"
         )
-    decode = [pool for pool in facts.pools if pool.role is Role.DECODE]
-    capped = sum(pool.capped for pool in decode)
-    gpus = sum(pool.gpus for pool in decode)
+    pools = [pool for pool in facts.pools if pool.name in spec.capped_pools]
+    if not pools:
+        return Finding(kind, False, "NoClock", "no pool has a clock: nothing is to be capped")
+    capped = sum(pool.capped for pool in pools)
+    gpus = sum(pool.gpus for pool in pools)
     if gpus and capped == gpus:
-        return Finding(kind, True, "Capped", "every GPU of the Decode pools is capped (or in a control epoch)")
+        text = "every GPU of the pools with a clock is capped (or in a control epoch, or idle under a lower cap)"
+        return Finding(kind, True, "Capped", text)
     others = [
         (entry.gpus, entry.reason, f"pool {pool.name}: {entry.message}")
-        for pool in decode
+        for pool in pools
         for entry in pool.reasons
-        if entry.reason not in (Reason.LOCKED.value, Reason.CONTROL_EPOCH.value)
+        if entry.reason not in CAPPED
     ]
     if not others:
-        return Finding(kind, False, Reason.NO_GPUS.value, "no GPU of a Decode pool is reported yet")
+        return Finding(kind, False, Reason.NO_GPUS.value, "no GPU of a pool with a clock is reported yet")
     _, reason, message = max(others, key=lambda entry: entry[0])
     return Finding(kind, False, reason, f"{capped} of {gpus} GPUs are capped. {message}" if gpus else message)
 
@@ -316,7 +320,7 @@ def _verified(facts: Facts) -> Finding:
     kind = ConditionType.VERIFIED
     found = [(pool.name, pool.savings) for pool in facts.pools if pool.savings is not None]
     if not found:
-        return Finding(kind, None, "NoDecodePool", "the policy has no Decode pool, so nothing is compared")
+        return Finding(kind, None, "NoDecodePool", "the policy has no pool with a clock, so nothing is compared")
     for wanted, status in ((SavingsVerdict.UNKNOWN, None), (SavingsVerdict.INCONCLUSIVE, False)):
         for name, savings in found:
             if savings.verdict is wanted:
