@@ -16,8 +16,8 @@ from wattlock_agent.gpu.base import GpuFault
 from wattlock_agent.instance import InstanceTrack
 from wattlock_agent.limiters import LIMITER_NAMES
 from wattlock_agent.orders import InstanceKey, key_of
-from wattlock_agent.plan import Decision, Refusal
 from wattlock_agent.track import GpuTrack
+from wattlock_agent.world import Decision, Refusal
 
 MEASUREMENT_SECONDS = 20.0
 MIN_SECONDS = 2.0
@@ -48,7 +48,7 @@ def build_status(
         agent=_agent(outlook, version, pod_name),
         gpus=gpus,
         instances=[*_instances(outlook, instances), *parted][:MAX_INSTANCES],
-        capped=f"{sum(gpu.reason in (Reason.LOCKED, Reason.CONTROL_EPOCH) for gpu in gpus)}/{len(gpus)}",
+        capped=f"{sum(gpu.reason in (Reason.LOCKED, Reason.CONTROL_EPOCH, Reason.IDLE) for gpu in gpus)}/{len(gpus)}",
         locked=sum(gpu.state is GpuState.LOCKED for gpu in gpus),
     )
 
