@@ -195,7 +195,7 @@ def _in_force(verdict: _Verdict) -> bool:
 
 
 def _to_be_undone_first(verdict: _Verdict) -> bool:
-    """Return whether the lower cap of an idle instance is on the GPU and must not stay until another lock is written."""
+    """Return whether the lower cap of an idle instance is on the GPU, which must not wait for another lock."""
     gpu = verdict.gpu
     awake = gpu.lock is not None and gpu.lock.idle and verdict.idle_mhz is None
     return gpu.recorded and not gpu.undone and (gpu.left_idle or awake)
