@@ -260,10 +260,11 @@ def test_recovery_after_the_lower_cap_trips_no_guardrail_and_no_alarm(make_node,
         node.latency_seconds = 0.500  # the first tokens came under the lower cap
         node.work()
         node.run(1, 0.25)
+        (instance,) = node.agent.instances.values()
+        assert not instance._guardrail.suspicious, "judged by what the lower cap did to it"
         node.latency_seconds = 0.010
         node.run(20)
         assert node.driver.locks == ORDINARY
-        (instance,) = node.agent.instances.values()
         assert instance.guardrail_trips == 0
         node.rest()
         node.run(25, 0.25)
