@@ -40,7 +40,7 @@ _TRANSFER_SECONDS = 0.03  # KV transfer from the prefill peer, a plausible const
 _KV_CAPACITY_TOKENS = 655_360
 _LOAD_MEMORY = 0.3  # from one second to the next the running batch keeps little of its deviation
 _PREFILL_BACKLOG_PROMPTS = 4  # a mixed engine collects prompts and computes them together
-_PREFILL_BACKLOG_TOKENS = 4000  # the same with a share of prompts: a tenth of a second of work, seldom enough to matter
+_PREFILL_EVERY_TOKENS = 20_000  # generated, with a share of prompts: seconds apart, so that whole ticks matter little
 
 
 @dataclass
@@ -248,11 +248,11 @@ class Engine:
             return
         computed, enough = float(prompts), float(_PREFILL_BACKLOG_PROMPTS * settings.prompt_tokens)
         if settings.prompt_share is not None:
-            computed = done * settings.output_tokens * settings.prompt_share / (1.0 - settings.prompt_share)
-            enough = _PREFILL_BACKLOG_TOKENS
+            for_each_token = settings.prompt_share / (1.0 - settings.prompt_share)
+            computed, enough = done * settings.output_tokens * for_each_token, _PREFILL_EVERY_TOKENS * for_each_token
             counters.cached_prompt_tokens += max(0, prompts - round(computed))
         self._backlog_tokens += computed
-        if self._backlog_tokens >= enough:
+        if self._backlog_tokens >= max(1.0, enough):
             self._phase = Phase.PREFILL
 
 
