@@ -174,7 +174,9 @@ class InstanceTrack:
             self._prefill = prefill.forgotten(self._prefill)
             self.idle.break_off()
             before = None
-        scrape = Scrape(result, result.at_seconds + clock.offset_seconds, self._life, took_seconds <= MAX_TOOK_SECONDS)
+        # While idle pages come often, and the epoch is dropped anyway: an hour of them would fill the memory.
+        sharp = took_seconds <= MAX_TOOK_SECONDS and not self.idle.wanted
+        scrape = Scrape(result, result.at_seconds + clock.offset_seconds, self._life, sharp)
         self._scrapes.append(scrape)
         self._pending.append(scrape)
         self.idle.see(result)

@@ -132,6 +132,10 @@ def test_the_first_request_releases_in_the_pass_of_its_page_and_the_ordinary_cap
         node.run(0.05, 0.05)
     assert node.now_seconds - began <= idle.WATCH_SECONDS + 0.1
     assert node.reasons()["GPU-0"] == "WaitingToWrite"
+    status = build_status(node.agent.outlook, node.agent.tracks, node.agent.instances, "v", "pod", False)
+    assert (status.gpus[0].state, status.gpus[0].reason) == ("Released", "Idle"), "no news: requests come all day"
+    assert status.capped == "1/1"
+    assert status.locked == 0
     released = node.now_seconds
     while not node.driver.locks:
         node.run(0.25, 0.25)
@@ -295,6 +299,7 @@ def test_idleness_drops_epochs_of_both_arms_alike(make_node, make_order, switchb
         seen.add((arm, node.reasons()["GPU-0"], node.driver.locks == LOW))
     assert seen == {(Arm.CAP, "Idle", True), (Arm.CONTROL, "Idle", True)}
     (instance,) = node.agent.instances.values()
+    assert sum(len(each.samples) for each in instance.switchback._open.values()) <= 2, "an hour of them is a lot"
     pairs = sum(stats.pairs for stats in instance.switchback.pair_stats())
     assert pairs == 0
 
