@@ -19,7 +19,7 @@ _CAUSES = ("power_cap", "thermal", "power_brake", "reliability", "board_limit")
 _HERTZ_PER_MHZ = 1_000_000
 
 
-#: Of the time that an idle instance's lower cap outlives its last quiet page: usual are 0.3 to 0.5 s.
+#: Of the time that an idle instance's lower cap outlives its last quiet page: the next one comes 0.25 s later.
 RELEASE_BOUNDS_SECONDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 5.0)
 
 

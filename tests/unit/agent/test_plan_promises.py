@@ -198,7 +198,7 @@ def test_undoes_every_lock_that_is_not_wanted_and_no_other(world):
         decision = decisions[gpu.identity.uuid]
         if isinstance(decision.action, Release):
             assert gpu.recorded, "a GPU without our record is never reset"
-            assert world.mode is Mode.ENFORCE
+            assert world.mode is Mode.ENFORCE or gpu.undone, "only its record is removed then"
             assert gpu.conflict is None, "another writer's lock is not ours to undo"
         if isinstance(decision.action, Forget):
             assert gpu.conflict is not None
