@@ -8,6 +8,8 @@ import pytest
 pytestmark = [pytest.mark.cluster]
 
 DECODE = ("spec", "pools", 0)
+MIXED = {"name": "mixed", "role": "Mixed", "selector": {"matchLabels": {"a": "b"}}}
+CLOCK = {"clock": {"maxSMClockMHz": 1590}}
 TOO_MANY_POOLS = [{"name": f"p{i}", "role": "Prefill", "selector": {"matchLabels": {"a": "b"}}} for i in range(17)]
 CLOCK_CHOICE = (
     "write exactly one of maxSMClockMHz (a number, e.g. 1590), profile (the name of a ClockProfile, e.g. published) or "
@@ -39,10 +41,21 @@ CASES: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "a clock and a tuner": ((*DECODE, "clock"), {"maxSMClockMHz": 1590, "tune": {}}, CLOCK_CHOICE),
     "a tuner with its bounds crossed": ((*DECODE, "clock"), {"tune": {"minMHz": 1500, "maxMHz": 900}}, "minMHz must not be above maxMHz"),
     "a tuner for an unknown end": ((*DECODE, "clock"), {"tune": {"objective": "Speed"}}, 'supported values: "EnergyPerToken", "EnergyDelayProduct"'),
-    "a tuner on Prefill": (("spec", "pools", 1, "clock"), {"tune": {}}, "only a Decode pool may have a clock"),
+    "a tuner on Prefill": (("spec", "pools", 1, "clock"), {"tune": {}}, "a Prefill pool may have no clock"),
     "empty clock": ((*DECODE, "clock"), {}, CLOCK_CHOICE),
     "no clock on Decode": ((*DECODE, "clock"), DELETE, "a Decode pool needs a clock: write clock: {maxSMClockMHz: 1590}, clock: {profile: published} or clock: {tune: {}}"),
-    "clock on Prefill": (("spec", "pools", 1, "clock"), {"maxSMClockMHz": 1590}, "only a Decode pool may have a clock: Prefill and Mixed pools are measured and left alone, remove clock"),
+    "clock on Prefill": (("spec", "pools", 1, "clock"), {"maxSMClockMHz": 1590}, "a Prefill pool may have no clock: prefill is limited by compute, so it is measured and left alone, remove clock"),
+    "a tuner on Mixed": ((*DECODE,), MIXED | {"clock": {"tune": {}}}, "a Mixed pool cannot be tuned: its energy for each token moves with its prompts as much as with its clock. Write clock: {maxSMClockMHz: 1590} or clock: {profile: published}"),
+    "mixed on Decode": ((*DECODE, "mixed"), {"maxPrefillPercent": 20}, "mixed says when the clock of a Mixed pool is in force: remove mixed, or write role: Mixed and a clock"),
+    "mixed on Prefill": (("spec", "pools", 1, "mixed"), {}, "mixed says when the clock of a Mixed pool is in force"),
+    "mixed without a clock": ((*DECODE,), MIXED | {"mixed": {}}, "mixed says when the clock of a Mixed pool is in force"),
+    "no prefill allowed at all": ((*DECODE,), MIXED | CLOCK | {"mixed": {"maxPrefillPercent": 0}}, "mixed.maxPrefillPercent in body should be greater than or equal to 1"),
+    "any prefill allowed": ((*DECODE,), MIXED | CLOCK | {"mixed": {"maxPrefillPercent": 100}}, "mixed.maxPrefillPercent in body should be less than or equal to 90"),
+    "idle on Prefill": (("spec", "pools", 1, "idle"), {}, "idle lowers the clock of a pool that is capped: remove idle, or (not with role: Prefill) write a clock"),
+    "idle on Mixed without a clock": ((*DECODE,), MIXED | {"idle": {}}, "idle lowers the clock of a pool that is capped"),
+    "idle at once": ((*DECODE, "idle"), {"afterSeconds": 5}, "spec.pools[0].idle.afterSeconds in body should be greater than or equal to 10"),
+    "idle after a day": ((*DECODE, "idle"), {"afterSeconds": 86400}, "spec.pools[0].idle.afterSeconds in body should be less than or equal to 3600"),
+    "idle clock of nothing": ((*DECODE, "idle"), {"maxSMClockMHz": 0}, "spec.pools[0].idle.maxSMClockMHz in body should be greater than or equal to 100"),
     "negative MHz": ((*DECODE, "clock", "maxSMClockMHz"), -1590, "spec.pools[0].clock.maxSMClockMHz in body should be greater than or equal to 100"),
     "hertz instead of megahertz": ((*DECODE, "clock", "maxSMClockMHz"), 1590000000, "should be less than or equal to 5000"),
     "MHz as text": ((*DECODE, "clock", "maxSMClockMHz"), "1590MHz", 'must be of type integer: "string"'),
@@ -106,6 +119,16 @@ def test_a_bad_policy_is_refused_with_a_sentence_that_helps(kubectl, crds, good_
     assert sentence in answer.stderr, answer.stderr
 
 
+@pytest.mark.parametrize("clock", [{"maxSMClockMHz": 1590}, {"profile": "published"}, None])
+def test_a_mixed_pool_may_have_a_clock_and_needs_no_prefill_beside_it(kubectl, namespace, good_policy, clock):
+    pool = MIXED | ({"clock": clock, "mixed": {}, "idle": {}} if clock else {})
+    here = kubectl.within(namespace)
+    here.apply(changed(good_policy, ("spec", "pools"), [pool]))
+    (kept,) = here.get("epol", "qwen")["spec"]["pools"]
+    assert kept.get("mixed") == ({"maxPrefillPercent": 20} if clock else None)
+    assert kept.get("idle") == ({"afterSeconds": 60} if clock else None)
+
+
 def test_a_short_policy_gets_the_documented_defaults(kubectl, namespace, good_policy):
     here = kubectl.within(namespace)
     here.apply(changed(good_policy, ("spec", "mode"), DELETE))
@@ -131,7 +154,7 @@ def test_a_tuner_needs_the_released_epochs(kubectl, crds, namespace, good_policy
 
 def test_explain_reads_like_documentation(kubectl, crds):
     clock = kubectl.run("explain", "energypolicy.spec.pools.clock").stdout
-    assert "How far the SM clock of a Decode pool is capped: write exactly one of the" in clock
+    assert "How far the SM clock of a pool is capped: write exactly one of the" in clock
     assert "maxSMClockMHz\t<integer>" in clock
     assert "Upper bound of the SM clock in MHz while the pool decodes, e.g. 1590." in clock
     conflict = " ".join(kubectl.run("explain", "energypolicy.spec.conflictPolicy").stdout.split())

@@ -15,7 +15,7 @@ from typing import Any
 from wattlock_agent.agent import Agent
 from wattlock_agent.clock import Clock
 from wattlock_agent.driver_session import DriverSession
-from wattlock_agent.events import HoldersSeen
+from wattlock_agent.events import HoldersSeen, ScrapeDone
 from wattlock_agent.gpu.base import DriverInfo, GpuError, GpuFault, GpuIdentity, GpuReading, LimiterNanoseconds
 from wattlock_agent.holders.base import Holders, PodName
 from wattlock_agent.journal import LockRecord
@@ -23,6 +23,7 @@ from wattlock_agent.journal_file import FileJournal, decode
 from wattlock_agent.journal_keeper import JournalKeeper
 from wattlock_agent.kube import LeaseSeen, OrdersSeen
 from wattlock_agent.orders import NO_ORDERS, Orders
+from wattlock_agent.serving.base import ServingCounters
 from wattlock_api.constants import Mode
 from wattlock_api.nodeenergy import Order
 
@@ -209,6 +210,8 @@ class Cluster:
     """When the API server first showed it."""
     late: bool = False
     """Messages wait until they are asked for."""
+    resting: set[str] = field(default_factory=set)
+    """Names of pods whose page shows no work."""
     past_pods: dict[str, dict[PodName, float]] = field(default_factory=dict)
     """When a pod was last seen to hold a GPU, by its UUID."""
 
@@ -258,6 +261,8 @@ class Process:
         if self._asked is not None:  # what the kubelet said a pass ago
             self.agent.handle(self._asked, clock)
             self._asked = None
+        for key, url in self.agent.scrapes_wanted(clock):
+            self.agent.handle(ScrapeDone(key, url, self._page(key.instance), 0.01), clock)
         self._pass()
         for _ in range(3):
             if not self.agent.holders_wanted(clock):
@@ -272,6 +277,11 @@ class Process:
             if not self.agent.handle(answer, clock):
                 return
             self._pass()
+
+    def _page(self, pod: str) -> ServingCounters:
+        now_seconds = self._host.now_seconds
+        running = 0.0 if pod in self._cluster.resting else 1.0
+        return ServingCounters(now_seconds, now_seconds * running, 0.0, 0.0, None, None, running, 0.0, None, None)
 
     def _pass(self) -> None:
         self.keeper.open(self.agent, self._host.now_seconds)

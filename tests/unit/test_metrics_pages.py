@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from promtool import check_metrics
 from wattlock_agent import metric_specs as agent_specs
 from wattlock_agent.http_server import AgentServer
-from wattlock_agent.metrics import Snapshot, SnapshotBoard, Totals, make_registry
+from wattlock_agent.metrics import IdleReleases, Snapshot, SnapshotBoard, Totals, make_registry
 from wattlock_api.nodeenergy import AgentStatus, ArmTotals, DroppedEpochs, Moments, NodeEnergyStatus, PairStats
 from wattlock_api.policystatus import Limiters
 from wattlock_api.tuningstatus import TuningArm, TuningSearches, TuningStatus
@@ -139,6 +139,8 @@ def agent_snapshot() -> Snapshot:
         clock_writes={"GPU-0": 3},
         driver_errors={("lock_clocks", "NoPermission"): 2},
         scrape_failures={"MetricsInvalid": 1},
+        idle_releases=IdleReleases().plus(0.31, by_work=True).plus(0.4, by_work=True).plus(7.0, by_work=False),
+        idle_seconds={serving_instance().key: 12.5},
         order_count=2,
         ready=True,
         passes=600,
@@ -150,6 +152,18 @@ def agent_page() -> str:
     board = SnapshotBoard()
     board.snapshot = agent_snapshot()
     return generate_latest(make_registry(board)).decode()
+
+
+def test_the_histogram_of_idle_releases_is_cumulative():
+    samples = {
+        (sample.name, sample.labels.get("le")): sample.value
+        for family in text_string_to_metric_families(agent_page())
+        for sample in family.samples
+    }
+    name = "wattlock_agent_idle_release_seconds"
+    assert [samples[f"{name}_bucket", bound] for bound in ("0.3", "0.4", "5.0", "+Inf")] == [0, 2, 2, 3]
+    assert samples[f"{name}_count", None] == 3
+    assert samples[f"{name}_sum", None] == pytest.approx(7.71)
 
 
 def operator_page() -> str:

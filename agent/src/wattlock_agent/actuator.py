@@ -15,7 +15,8 @@ from wattlock_api.nodeenergy import Order
 
 from wattlock_agent.gpu.base import GpuError, GpuFault, GpuIdentity
 from wattlock_agent.journal import Journal, JournalError, LockRecord
-from wattlock_agent.plan import (
+from wattlock_agent.verify import CONTESTED_SECONDS
+from wattlock_agent.world import (
     MIN_LOCK_INTERVAL_SECONDS,
     AppliedLock,
     Decision,
@@ -25,7 +26,6 @@ from wattlock_agent.plan import (
     Refusal,
     Release,
 )
-from wattlock_agent.verify import CONTESTED_SECONDS
 
 _log = logging.getLogger(__name__)
 
@@ -125,10 +125,12 @@ class Actuator:
     def view(self, identity: GpuIdentity, fault: Refusal | None) -> GpuView:
         """Return the GPU as the plan needs it."""
         held = self._held.setdefault(identity.uuid, _Held())
+        record = self.records().get(identity.uuid)
         return GpuView(
             identity=identity,
             lock=held.lock,
-            recorded=identity.uuid in self.records(),
+            recorded=record is not None,
+            left_idle=record is not None and record.idle and held.lock is None and not held.undone,
             undone=held.undone,
             fault=fault,
             refused=held.refused,
@@ -181,6 +183,8 @@ class Actuator:
     def apply(self, decisions: Mapping[str, Decision], now_seconds: float, unix_seconds: float) -> bool:
         """Carry out the actions: first all releases, then the locks, GPUs of one instance after each other.
 
+        All GPUs are reset before the first record is removed: the last one must not wait for the disk.
+
         Returns:
             Whether anything was tried.
         """
@@ -188,17 +192,21 @@ class Actuator:
             self._void_retry_at_seconds = now_seconds + RETRY_JOURNAL_SECONDS
             self.drop_records_of_other_boots()
         locks: list[tuple[Decision, Lock]] = []
+        released: list[str] = []
         tried = False
         for decision in decisions.values():
             action = decision.action
             if isinstance(action, Lock):
                 locks.append((decision, action))
             elif isinstance(action, Release):
-                self._release(decision, now_seconds)
+                if self._release(decision, now_seconds):
+                    released.append(decision.uuid)
                 tried = True
             elif isinstance(action, Forget):
                 self._forget(decision.uuid, now_seconds)
                 tried = True
+        for uuid in released:
+            self._forget(uuid, now_seconds)
         locks.sort(key=lambda lock: (lock[0].order.instance if lock[0].order else "", lock[0].uuid))
         for decision, lock in locks:
             self._lock(decision, lock, now_seconds, unix_seconds)
@@ -241,6 +249,7 @@ class Actuator:
             pod_uid=order.pod_uid,
             boot_id=self._boot_id,
             written_at=timestamp(unix_seconds),
+            idle=lock.idle,
         )
         try:
             self._journal.add(record)
@@ -254,7 +263,7 @@ class Actuator:
         except GpuError as error:
             self._lock_failed(uuid, order, error, known, now_seconds)
             return
-        held.lock = AppliedLock(lock.cap_mhz, order.pod_uid)
+        held.lock = AppliedLock(lock.cap_mhz, order.pod_uid, lock.idle)
         held.written_at_seconds = now_seconds
         held.refused = None
         held.transient = 0
@@ -283,25 +292,27 @@ class Actuator:
             held.refused = Refusal(state, reason, str(error))
             held.about = fingerprint(order)
 
-    def _release(self, decision: Decision, now_seconds: float) -> None:
+    def _release(self, decision: Decision, now_seconds: float) -> bool:
+        """Reset the GPU; returns whether its record is to be removed."""
         uuid = decision.uuid
         held = self._held.setdefault(uuid, _Held())
         if held.undone:  # only its record is still there: whoever has locked the GPU since is not us
-            self._forget(uuid, now_seconds)
-            return
+            return True
         try:
             self._writer.reset(uuid)
         except GpuError as error:
             held.release_not_before_seconds = now_seconds + RETRY_RELEASE_SECONDS
             held.release_problem = str(error)
             _log.warning("gpu=%s release failed: %s", uuid, error)
-            return
+            return False
         held.lock = None
         held.release_problem = ""
         held.undone = True
         held.writes += 1
+        if decision.reason == Reason.WAITING_TO_WRITE:  # a lower cap went so that a higher one can come: writes apart
+            held.lock_not_before_seconds = max(held.lock_not_before_seconds, now_seconds + MIN_LOCK_INTERVAL_SECONDS)
         _log.info("gpu=%s released reason=%s %s", uuid, decision.reason, decision.message)
-        self._forget(uuid, now_seconds)
+        return True
 
     def _forget(self, uuid: str, now_seconds: float) -> None:
         held = self._held.setdefault(uuid, _Held())

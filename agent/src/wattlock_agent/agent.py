@@ -5,6 +5,7 @@ No threads, no clock and no network here: events and times come in as values, GP
 """
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,13 +24,15 @@ from wattlock_agent.events import Event, HoldersSeen, ScrapeDone, ThreadFailed
 from wattlock_agent.foreign import ForeignLocks
 from wattlock_agent.gpu.base import GpuFault
 from wattlock_agent.holding import Holdings, last_words
+from wattlock_agent.idle import Wake
 from wattlock_agent.instance import InstanceTrack
-from wattlock_agent.journal import Journal, JournalError, LockRecord
+from wattlock_agent.journal import Journal, NoJournal
 from wattlock_agent.orders import InstanceKey, Orders, key_of
-from wattlock_agent.plan import Decision, GpuView, Lock, Refusal, World, orders_without_gpu, plan
+from wattlock_agent.plan import orders_without_gpu, plan
 from wattlock_agent.staleness import Freshness, api_answered, lease_read, why_stale
 from wattlock_agent.track import GpuTrack, busy_percent
 from wattlock_agent.verify import LOSSES_SECONDS, Finding, LockWatch, backoff_seconds
+from wattlock_agent.world import Decision, GpuView, Lock, Refusal, World
 
 _log = logging.getLogger(__name__)
 
@@ -52,25 +55,6 @@ class Gpus(Writer, Protocol):
 
     def scan(self, now_seconds: float) -> Scan:
         """Read all of them."""
-
-
-class NoJournal:
-    """Stands in while the real journal cannot be had: nothing is recorded, so nothing can be locked."""
-
-    def __init__(self, problem: str) -> None:
-        """``problem`` says why, and what to check."""
-        self._problem = problem
-
-    def records(self) -> dict[str, LockRecord]:
-        """Return no records."""
-        return {}
-
-    def add(self, record: LockRecord) -> None:
-        """Refuse. Raises JournalError, always."""
-        raise JournalError(self._problem)
-
-    def remove(self, gpu_uuid: str) -> None:
-        """Do nothing: there is no record."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +115,8 @@ class Agent:
         self._before: NodeEnergyStatus | None = None
         self._settled_generation = 0
         self.stopping = False
+        self.wakes: list[Wake] = []
+        """Of the last pass."""
         self.instances: dict[InstanceKey, InstanceTrack] = {}
         self.outlook: Outlook | None = None
 
@@ -194,18 +180,32 @@ class Agent:
         """Return how long it is until a metrics page is due (at least 0)."""
         return min((instance.seconds_to_scrape(clock) for instance in self.instances.values()), default=60.0)
 
+    def seconds_to_late_page(self, clock: Clock) -> float:
+        """Return how long it is until the cap of an idle instance must go because its page is too old (at least 0)."""
+        pages = (instance.idle.seconds_to_late_page(clock.now_seconds) for instance in self.instances.values())
+        return min(pages, default=math.inf)
+
     def tick(self, clock: Clock) -> None:
         """Read, plan, write, and note what came of it.
 
         Raises:
             DriverMismatchError: library and driver differ.
         """
-        if clock.now_seconds - self._scanned_at_seconds >= SCAN_SECONDS:
+        waking = {
+            key
+            for key, instance in self.instances.items()
+            if instance.idle.wanted and not instance.is_idle(clock.now_seconds)
+        }
+        # Somebody waits for the first token: eight GPUs take a tenth of a second to read, and can be read afterwards.
+        if not waking and clock.now_seconds - self._scanned_at_seconds >= SCAN_SECONDS:
             self._read(clock)
         world = self._world(clock)
         decisions = plan(world)
+        self.wakes = []
         if self.actuator.apply(self._with_fresh_holders(clock, decisions), clock.now_seconds, clock.unix_seconds):
+            before = {gpu.identity.uuid for gpu in world.gpus if gpu.lock is not None and gpu.lock.idle}
             world = self._world(clock)
+            self._note_wakes(waking, before, world, decisions)
             decisions = plan(world)
         without_gpu = orders_without_gpu(world)
         for uuid, decision in decisions.items():
@@ -216,6 +216,16 @@ class Agent:
         if self._orders is not None and self._is_settled(world, decisions):
             self._settled_generation = self._orders.generation
         self.outlook = Outlook(clock, self._scan, world, decisions, without_gpu, self._settled_generation)
+
+    def _note_wakes(
+        self, waking: set[InstanceKey], idle_before: set[str], world: World, decisions: Mapping[str, Decision]
+    ) -> None:
+        """Note the instances whose lower cap this pass has undone, from all of their GPUs."""
+        still = {gpu.identity.uuid for gpu in world.gpus if gpu.lock is not None and gpu.lock.idle}
+        owners = {uuid: key_of(each.order) for uuid, each in decisions.items() if each.order is not None}
+        undone = {owners[uuid] for uuid in idle_before - still if uuid in owners}
+        for key in waking & (undone - {owners[uuid] for uuid in still if uuid in owners}):
+            self.wakes.append(self.instances[key].idle.wake())
 
     def _with_fresh_holders(self, clock: Clock, decisions: Mapping[str, Decision]) -> Mapping[str, Decision]:
         """Put locks off until the kubelet has just said who holds the GPUs."""
@@ -297,6 +307,7 @@ class Agent:
                 for key, instance in self.instances.items()
                 if (hold := instance.hold(now_seconds)) is not None
             },
+            idle=frozenset(key for key, instance in self.instances.items() if instance.is_idle(now_seconds)),
             journal_problem=self.actuator.journal_problem(now_seconds),
             journal_damage=self._journal_damage,
             other_agent=self._other_agent,
@@ -375,7 +386,8 @@ class Agent:
         age_seconds = self.actuator.lock_age_seconds(uuid, clock.now_seconds)
         cap_mhz = view.lock.cap_mhz if view.lock else None
         step = step_mhz(view.identity.supported_clocks_mhz, cap_mhz) if cap_mhz is not None else 1
-        track, read = self.tracks[uuid], self._holdings.add(reading, cap_mhz, step, age_seconds)
+        idle = view.lock is not None and view.lock.idle
+        track, read = self.tracks[uuid], self._holdings.add(reading, cap_mhz, step, age_seconds, idle)
         self._credit(read.owner, read.joules)
         if read.restarted and cap_mhz is not None:
             _log.warning("gpu=%s counters went back: driver reload or GPU reset, locking again", uuid)

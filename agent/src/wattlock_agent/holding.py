@@ -38,11 +38,18 @@ class Holdings:
         """The track of the holder before, by GPU UUID: it may be back, after the kubelet was silent, say."""
         self._resumed: set[str] = set()
 
-    def add(self, reading: GpuReading, cap_mhz: int | None, step_mhz: int, lock_age_seconds: float | None) -> Reading:
+    def add(
+        self,
+        reading: GpuReading,
+        cap_mhz: int | None,
+        step_mhz: int,
+        lock_age_seconds: float | None,
+        idle: bool = False,
+    ) -> Reading:
         """Add a reading for the present holder; see ``GpuTrack.add``."""
         track = self.tracks[reading.uuid]
         before_joules = track.meter.joules
-        finding, restarted = track.add(reading, cap_mhz, step_mhz, lock_age_seconds)
+        finding, restarted = track.add(reading, cap_mhz, step_mhz, lock_age_seconds, idle)
         return Reading(finding, restarted, self._owners.get(reading.uuid), track.meter.joules - before_joules)
 
     def follow(self, reading: GpuReading, order: Order | None, before: GpuStatus | None) -> None:

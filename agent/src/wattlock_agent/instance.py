@@ -9,15 +9,15 @@ from wattlock_api.constants import GpuState, Mode, Reason, Role
 from wattlock_api.nodeenergy import InstanceStatus, Order
 from wattlock_api.peerpower import PeerPowers
 
-from wattlock_agent import evidence, guardrail
+from wattlock_agent import evidence, guardrail, idle, prefill
 from wattlock_agent.clock import Clock
 from wattlock_agent.experiment import SCRAPE_SECONDS, Sample, Switchback
 from wattlock_agent.orders import InstanceKey
-from wattlock_agent.plan import Decision, Refusal
 from wattlock_agent.rates import Scrape, token_energy, work_rates
 from wattlock_agent.serving.base import ScrapeFailure, ServingCounters, is_restart, no_tokens
 from wattlock_agent.span import Span
 from wattlock_agent.track import GpuTrack
+from wattlock_agent.world import Decision, Refusal
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ _PENDING_SECONDS = 5.0
 #: How long a restart of the engine is shown.
 RESTART_SHOWN_SECONDS = 60.0
 _NEVER_SECONDS = float("-inf")
+#: What is said in mode Observe already, so that pool or engine can be put right before.
+_TOLD_BEFORE = (Reason.COMPUTES_PROMPTS, Reason.PREFILL_SHARE, Reason.PREFILL_NOT_TOLD)
 
 
 class InstanceTrack:
@@ -56,6 +58,8 @@ class InstanceTrack:
         self._marked = clock
         """When power was last looked at, where there is no page to read."""
         self._evidence = evidence.PromptEvidence()
+        self._prefill = prefill.PrefillShare()
+        self.idle = idle.IdleWatch(clock.now_seconds)
         self._guardrail = guardrail.GuardrailState(trips=before.guardrail_trips if before else 0)
         self._would_trip = guardrail.GuardrailState()
         """The same rule while it is released for comparison."""
@@ -71,7 +75,7 @@ class InstanceTrack:
     @property
     def _enforced(self) -> bool:
         order = self._order
-        return order.mode is Mode.ENFORCE and order.role is Role.DECODE and order.cap_mhz is not None
+        return order.mode is Mode.ENFORCE and order.may_be_capped and order.cap_mhz is not None
 
     def follow(self, orders: Sequence[Order], clock: Clock) -> None:
         """Follow these orders (at least one), all of this instance."""
@@ -84,6 +88,8 @@ class InstanceTrack:
             self._asked = Clock(_NEVER_SECONDS, _NEVER_SECONDS)
             self._in_flight = False
             self._forget_scrapes()
+        if before and before[0].max_prefill_percent != order.max_prefill_percent:
+            self._prefill = prefill.PrefillShare()  # it was about another bound
         changed = before and (before[0].cap_mhz, before[0].guardrail) != (order.cap_mhz, order.guardrail)
         if changed and order.cap_mhz is not None:
             self._guardrail = guardrail.GuardrailState(trips=self._guardrail.trips)
@@ -131,7 +137,9 @@ class InstanceTrack:
         if self._asked.now_seconds == _NEVER_SECONDS:
             return 0.0
         wait_seconds = SCRAPE_SECONDS
-        if self._confirm:
+        if self.idle.wanted:
+            wait_seconds = idle.WATCH_SECONDS
+        elif self._confirm:
             wait_seconds = guardrail.CONFIRM_SECONDS
         elif self._enforced and guardrail.watches_windows(self._order.guardrail):
             wait_seconds = guardrail.WATCH_SECONDS
@@ -142,17 +150,20 @@ class InstanceTrack:
         return max(0.0, due_seconds)
 
     def scraped(self, url: str, result: ServingCounters | ScrapeFailure, took_seconds: float, clock: Clock) -> bool:
-        """Take in a page; returns whether it changed what holds the instance released."""
+        """Take in a page; returns whether it changed what holds the instance released, or whether it is idle."""
         if url != self._url:
             return False
         self._in_flight = False
         self._confirm = False
+        held = self.hold(clock.now_seconds)
         if isinstance(result, ScrapeFailure):
             if self._failure is None or self._failure.reason != result.reason:
                 _log.warning("instance=%s %s: %s", self.key.instance, result.reason, result.message)
             self._failure = result
             self.scrape_failures[result.reason] = self.scrape_failures.get(result.reason, 0) + 1
-            return False
+            self.idle.break_off()
+            self._prefill = prefill.add_failure(self._prefill)
+            return self._changed(held, clock.now_seconds)
         self._failure = None
         before = self._scrapes[-1] if self._scrapes else None
         if before is not None and is_restart(before.counters, result):
@@ -160,13 +171,20 @@ class InstanceTrack:
             self._life += 1
             self._restarted_seconds = clock.now_seconds
             self._evidence = evidence.restarted(self._evidence)
+            self._prefill = prefill.forgotten(self._prefill)
+            self.idle.break_off()
             before = None
-        scrape = Scrape(result, result.at_seconds + clock.offset_seconds, self._life, took_seconds <= MAX_TOOK_SECONDS)
+        # While idle pages come often, and the epoch is dropped anyway: an hour of them would fill the memory.
+        sharp = took_seconds <= MAX_TOOK_SECONDS and not self.idle.wanted
+        scrape = Scrape(result, result.at_seconds + clock.offset_seconds, self._life, sharp)
         self._scrapes.append(scrape)
         self._pending.append(scrape)
-        held = self.hold(clock.now_seconds)
+        self.idle.see(result)
         self._judge(before, result, clock)
-        return (self.hold(clock.now_seconds) is None) != (held is None)
+        return self._changed(held, clock.now_seconds)
+
+    def _changed(self, held: Refusal | None, now_seconds: float) -> bool:
+        return (self.hold(now_seconds) is None) != (held is None) or self.is_idle(now_seconds) != self.idle.wanted
 
     def ticked(self, clock: Clock, decisions: Sequence[Decision], tracks: Mapping[str, GpuTrack]) -> None:
         """Note how the instance's GPUs stand at the end of a pass."""
@@ -178,7 +196,8 @@ class InstanceTrack:
         locked = settled and all(decision.reason == Reason.LOCKED for decision in decisions)
         # A cap that another program keeps undoing is watched by the guardrail while it is there; the epochs of all its
         # GPUs are dropped, those of the control arm too: whose clock that was is not known.
-        capped = settled and all(decision.in_force for decision in decisions)
+        idle_wanted = any(decision.idle for decision in decisions)
+        capped = settled and not idle_wanted and all(decision.in_force for decision in decisions)
         control = settled and all(decision.reason == Reason.CONTROL_EPOCH for decision in decisions)
         if not capped:
             self._locked_since_seconds = None
@@ -194,13 +213,26 @@ class InstanceTrack:
             self.switchback.configure(
                 self._order.experiment.experiment(), self._order.instance, min(requested), self._span
             )
+        self.idle.note(clock.now_seconds, idle_wanted, idle_wanted and all(each.in_force for each in decisions))
         self._mark(clock)
         self._resolve(clock, tracks)
-        for pair in self.switchback.note(clock, self._complete and (locked or control)):
+        as_asked = self._complete and (locked or control) and not self.idle.recovers(clock.now_seconds)
+        for pair in self.switchback.note(clock, as_asked):
             if self._order.guardrail is not None:
                 before = self._guardrail.trips
                 self._guardrail = guardrail.judge_pair(self._guardrail, self._order.guardrail, clock.now_seconds, pair)
                 self._log_trip(before)
+
+    def is_idle(self, now_seconds: float) -> bool:
+        """Return whether it has had no work for as long as its order asks, by a page of now, and may be capped lower.
+
+        Not where pods on other nodes belong to it (their agents see no page), nor while the guardrail holds it.
+        """
+        if not self._orders or not self._enforced or self._order.idle is None or self._order.span is not None:
+            return False
+        if guardrail.is_tripped(self._guardrail, now_seconds):
+            return False
+        return idle.is_idle(self.idle.stillness, self._order.idle.after_seconds, now_seconds)
 
     def hold(self, now_seconds: float) -> Refusal | None:
         """Return what holds the instance released, if anything does."""
@@ -208,16 +240,25 @@ class InstanceTrack:
             return None
         if self._order.guardrail is not None and guardrail.is_tripped(self._guardrail, now_seconds):
             return Refusal(GpuState.RELEASED, Reason.GUARDRAIL, self._guardrail.message)
-        text = self._prompts(now_seconds)
-        if not text:
-            return None
-        message = f"{text}; released until it has not for {evidence.CLEAR_SECONDS:.0f} s"
-        return Refusal(GpuState.RELEASED, Reason.COMPUTES_PROMPTS, message)
+        return self._prompts(now_seconds)
 
-    def _prompts(self, now_seconds: float) -> str:
-        """Return, in any mode, what speaks against the label of a decode instance."""
-        decode = bool(self._orders) and self._order.role is Role.DECODE
-        return evidence.computes_prompts(self._evidence, now_seconds) if decode else ""
+    def _prompts(self, now_seconds: float) -> Refusal | None:
+        """Return, in any mode, what the prompts that it computes say against a cap."""
+        order, released = self._order, GpuState.RELEASED
+        if order.role is Role.DECODE:
+            if not (text := evidence.computes_prompts(self._evidence, now_seconds)):
+                return None
+            text = f"{text}; released until it has not for {evidence.CLEAR_SECONDS:.0f} s"
+            return Refusal(released, Reason.COMPUTES_PROMPTS, text)
+        if order.max_prefill_percent is None:
+            return None
+        if self._url is None:
+            text = "no metrics address is known for it, so it is not seen how much it prefills"
+            return Refusal(released, Reason.NO_SERVING_METRICS, text)
+        if self._failure is not None and self._prefill.failures >= prefill.MAX_FAILURES:
+            text = f"it is not seen how much it prefills: {self._failure.message}"
+            return Refusal(released, self._failure.reason, text)
+        return prefill.objection(self._prefill, now_seconds, order.max_prefill_percent)
 
     @property
     def guardrail_trips(self) -> int:
@@ -241,9 +282,11 @@ class InstanceTrack:
             reason = Reason.COUNTERS_RESTARTED
             message = "its counters went back within the last minute: the engine restarted, or the page is wrong"
         prompts = self._prompts(now_seconds)
-        if prompts and not reason and not self._enforced:
+        if prompts is not None and not reason and not self._enforced and prompts.reason in _TOLD_BEFORE:
             # Said before anybody enforces; once enforced, the GPU's own reason says it.
-            reason, message = Reason.COMPUTES_PROMPTS, f"{prompts}; it would not be capped in mode Enforce"
+            reason, message = prompts.reason, f"it would not be capped in mode Enforce: {prompts.message}"
+        if not reason and (never := idle.why_never(order, self.idle.stillness)):
+            reason, message = Reason.IDLE_NOT_TOLD, never
         hold = self.hold(now_seconds)
         tripped = hold is not None and hold.reason == Reason.GUARDRAIL
         return InstanceStatus(
@@ -253,7 +296,7 @@ class InstanceTrack:
             instance=self.key.instance,
             reason=reason,
             message=message[:1000],
-            computes_prompts=bool(prompts),
+            computes_prompts=prompts is not None and prompts.reason in (Reason.COMPUTES_PROMPTS, Reason.PREFILL_SHARE),
             guardrail_tripped=tripped,
             guardrail_message=self._guardrail.message if tripped else "",
             guardrail_trips=self._guardrail.trips,
@@ -268,6 +311,8 @@ class InstanceTrack:
         if result.computed_prompt_tokens is not None and result.generated_tokens is not None:
             work = evidence.Work(result.at_seconds, result.computed_prompt_tokens, result.generated_tokens)
             self._evidence = evidence.add_work(self._evidence, work)
+        if self._order.max_prefill_percent is not None:
+            self._prefill = prefill.add_page(self._prefill, result, self._order.max_prefill_percent)
         bounds = self._order.guardrail
         if before is None or bounds is None or not self._enforced:
             return
@@ -302,6 +347,8 @@ class InstanceTrack:
         self._samples.clear()
         self._failure = None
         self._evidence = evidence.restarted(self._evidence)
+        self._prefill = prefill.PrefillShare()
+        self.idle.stillness = idle.Stillness()
 
     def _mark(self, clock: Clock) -> None:
         """Note the times at which the power of an epoch is wanted, where no scrape does: the tokens are elsewhere."""

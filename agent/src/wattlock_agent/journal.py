@@ -16,6 +16,8 @@ class LockRecord:
     """Boot of the machine in which it was written: a reboot has undone the lock."""
     written_at: str
     """RFC 3339 time, for people."""
+    idle: bool = False
+    """The lower cap of an instance without requests: whoever finds it undoes it at once, before anything is known."""
 
 
 class JournalError(Exception):
@@ -37,3 +39,22 @@ class Journal(Protocol):
 
     def remove(self, gpu_uuid: str) -> None:
         """Remove the record after the reset has succeeded. Raises JournalError: the reset is tried again later."""
+
+
+class NoJournal:
+    """Stands in while the real journal cannot be had: nothing is recorded, so nothing can be locked."""
+
+    def __init__(self, problem: str) -> None:
+        """``problem`` says why, and what to check."""
+        self._problem = problem
+
+    def records(self) -> dict[str, LockRecord]:
+        """Return no records."""
+        return {}
+
+    def add(self, record: LockRecord) -> None:
+        """Refuse. Raises JournalError, always."""
+        raise JournalError(self._problem)
+
+    def remove(self, gpu_uuid: str) -> None:
+        """Do nothing: there is no record."""

@@ -272,7 +272,8 @@ def decode(content: bytes, gpu_uuid: str) -> LockRecord:
         raise ValueError("fields missing")
     if texts["gpu_uuid"] != gpu_uuid:
         raise ValueError("it is about another GPU than its name")
-    return LockRecord(cap_mhz=cap_mhz, **texts)
+    # Absent in records of before there were such caps.
+    return LockRecord(cap_mhz=cap_mhz, idle=body.get("idle") is True, **texts)
 
 
 def _replace(directory_fd: int, name: str, content: bytes) -> None:

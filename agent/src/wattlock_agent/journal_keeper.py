@@ -3,8 +3,8 @@
 import logging
 from typing import Protocol
 
-from wattlock_agent.agent import Agent, NoJournal
-from wattlock_agent.journal import Journal, JournalError, JournalHeldError
+from wattlock_agent.agent import Agent
+from wattlock_agent.journal import Journal, JournalError, JournalHeldError, NoJournal
 
 _log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from wattlock_api.constants import Mode
 from wattlock_api.nodeenergy import NodeEnergyStatus
 
 from wattlock_agent import kube
-from wattlock_agent.agent import Agent, NoJournal
+from wattlock_agent.agent import Agent
 from wattlock_agent.api_client import ApiClient
 from wattlock_agent.clock import Clock
 from wattlock_agent.driver_session import DriverMismatchError, DriverSession
@@ -22,8 +22,9 @@ from wattlock_agent.events import Event, HoldersSeen, ScrapeDone, ThreadFailed
 from wattlock_agent.gpu.base import GpuDriver, GpuIdentity
 from wattlock_agent.holders.base import Holders, KubeletError
 from wattlock_agent.http_server import AgentServer
+from wattlock_agent.journal import NoJournal
 from wattlock_agent.journal_keeper import HostJournal, JournalKeeper
-from wattlock_agent.metrics import Snapshot, SnapshotBoard, Totals
+from wattlock_agent.metrics import IdleReleases, Snapshot, SnapshotBoard, Totals
 from wattlock_agent.orders import NO_ORDERS, InstanceKey
 from wattlock_agent.report import Reported, build_status, is_due
 from wattlock_agent.serving.base import ScrapeFailure, ServingCounters
@@ -105,6 +106,7 @@ class Loop:
         self._pass_seconds = 0.0
         self._status_failures = 0
         self._scrape_failures = Totals()
+        self._idle_releases = IdleReleases()
 
     def run(self) -> int:
         """Work until told to stop; returns the exit status.
@@ -156,7 +158,10 @@ class Loop:
         while True:
             clock = self._clock()
             wait_seconds = min(
-                next_tick_seconds - clock.now_seconds, self._agent.seconds_to_next_scrape(clock), TICK_SECONDS
+                next_tick_seconds - clock.now_seconds,
+                self._agent.seconds_to_next_scrape(clock),
+                self._agent.seconds_to_late_page(clock),
+                TICK_SECONDS,
             )
             wake = False
             try:
@@ -169,7 +174,8 @@ class Loop:
             except queue.Empty:
                 pass
             clock = self._clock()
-            if wake or clock.now_seconds >= next_tick_seconds:
+            late = self._agent.seconds_to_late_page(clock) <= 0
+            if wake or late or clock.now_seconds >= next_tick_seconds:
                 self._pass(clock)
                 next_tick_seconds = max(next_tick_seconds + TICK_SECONDS, clock.now_seconds + TICK_SECONDS / 2)
             self._start_jobs(self._clock())
@@ -184,6 +190,9 @@ class Loop:
     def _pass(self, clock: Clock) -> None:
         self._journal.open(self._agent, clock.now_seconds)
         self._agent.tick(clock)
+        done_seconds = now_seconds()
+        for woken in self._agent.wakes:
+            self._idle_releases = self._idle_releases.plus(done_seconds - woken.quiet_seconds, woken.by_work)
         status = self._build_status()
         done_seconds = now_seconds()
         if self._may_report() and is_due(self._reported, status, done_seconds, self._jitter):
@@ -250,6 +259,8 @@ class Loop:
             clock_writes={gpu.uuid: agent.actuator.writes(gpu.uuid) for gpu in outlook.scan.gpus},
             driver_errors=dict(self._session.errors),
             scrape_failures=self._scrape_failures.take(failures),
+            idle_releases=self._idle_releases,
+            idle_seconds={key.text: instance.idle.capped_seconds for key, instance in agent.instances.items()},
             status_failures=self._status_failures,
             orders_stale=bool(outlook.world.stale),
             order_count=len(orders.orders) if orders else 0,

@@ -38,6 +38,19 @@ AGENT_SCRAPE_FAILURES = MetricSpec(
     "Serving metrics that could not be used, by reason",
     ("reason",),
 )
+AGENT_IDLE_RELEASES = MetricSpec(
+    "wattlock_agent_idle_releases_total",
+    "counter",
+    "",
+    "Idle instances whose lower cap was undone because a page showed work, or failed or came too late",
+    ("cause",),
+)
+AGENT_IDLE_RELEASE_SECONDS = MetricSpec(
+    "wattlock_agent_idle_release_seconds",
+    "histogram",
+    "seconds",
+    "Time from the last page that showed no work until the driver had undone the lower cap: a request waited for less",
+)
 
 # --- GPUs of the node ---
 GPU_POWER = MetricSpec(
@@ -142,6 +155,13 @@ INSTANCE_LATENCY = MetricSpec(
 )
 INSTANCE_WAITING = MetricSpec(
     "wattlock_instance_waiting_requests", "gauge", "", "Requests that wait for a place in the batch", INSTANCE
+)
+INSTANCE_IDLE_CAPPED = MetricSpec(
+    "wattlock_instance_idle_capped_seconds_total",
+    "counter",
+    "seconds",
+    "Time under the lower cap of idle instances, since this agent began",
+    INSTANCE,
 )
 GUARDRAIL_TRIPS = MetricSpec("wattlock_guardrail_trips_total", "counter", "", "Breaches of the guardrail", INSTANCE)
 GUARDRAIL_TRIPPED = MetricSpec(

@@ -1,7 +1,9 @@
 """What Prometheus scrapes from the agent: base units, and labels whose values are bounded by the node's GPUs."""
 
-from collections.abc import Hashable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
@@ -15,6 +17,29 @@ from wattlock_agent import metric_specs as specs
 
 _CAUSES = ("power_cap", "thermal", "power_brake", "reliability", "board_limit")
 _HERTZ_PER_MHZ = 1_000_000
+
+
+#: Of the time that an idle instance's lower cap outlives its last quiet page: the next one comes 0.25 s later.
+RELEASE_BOUNDS_SECONDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 5.0)
+
+
+@dataclass(frozen=True)
+class IdleReleases:
+    """How often the lower cap of idle instances was undone because of their pages, and how long it took."""
+
+    by_work: int = 0
+    """A page showed work."""
+    by_page: int = 0
+    """A page failed or came too late."""
+    counts: tuple[int, ...] = (0,) * (len(RELEASE_BOUNDS_SECONDS) + 1)
+    """By the first bound that is not below the time; the last has no bound."""
+    seconds: float = 0.0
+
+    def plus(self, seconds: float, by_work: bool) -> "IdleReleases":
+        """Return the sums with one more; ``seconds``: from the last page without work to the driver's answer."""
+        place = bisect_left(RELEASE_BOUNDS_SECONDS, seconds)
+        counts = tuple(count + (number == place) for number, count in enumerate(self.counts))
+        return IdleReleases(self.by_work + by_work, self.by_page + (not by_work), counts, self.seconds + seconds)
 
 
 @dataclass(frozen=True)
@@ -32,6 +57,9 @@ class Snapshot:
     """By (call, fault)."""
     scrape_failures: Mapping[str, int] = field(default_factory=dict)
     """By reason."""
+    idle_releases: IdleReleases = IdleReleases()
+    idle_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Time under the lower cap of idle instances, by the key of the instance."""
     status_failures: int = 0
     orders_stale: bool = False
     order_count: int = 0
@@ -78,6 +106,13 @@ class _Page:
         if value is not None:
             self.families[spec].add_sample(spec.name, dict(zip(spec.labels, labels, strict=True)), float(value))
 
+    def add_histogram(self, spec: MetricSpec, bounds: Sequence[float], counts: Sequence[int], total: float) -> None:
+        """Add a histogram; ``counts`` has one more than there are bounds."""
+        for bound, count in zip((*map(str, bounds), "+Inf"), accumulate(counts), strict=True):
+            self.families[spec].add_sample(f"{spec.name}_bucket", {"le": bound}, float(count))
+        self.families[spec].add_sample(f"{spec.name}_count", {}, float(sum(counts)))
+        self.families[spec].add_sample(f"{spec.name}_sum", {}, total)
+
 
 class AgentCollector(Collector):
     """Turns the newest snapshot into metrics."""
@@ -116,6 +151,10 @@ def _agent(page: _Page, snapshot: Snapshot) -> None:
         page.add(specs.AGENT_DRIVER_ERRORS, count, call, fault)
     for reason, count in snapshot.scrape_failures.items():
         page.add(specs.AGENT_SCRAPE_FAILURES, count, reason)
+    releases = snapshot.idle_releases
+    page.add(specs.AGENT_IDLE_RELEASES, releases.by_work, "work")
+    page.add(specs.AGENT_IDLE_RELEASES, releases.by_page, "page")
+    page.add_histogram(specs.AGENT_IDLE_RELEASE_SECONDS, RELEASE_BOUNDS_SECONDS, releases.counts, releases.seconds)
 
 
 def _gpu_labels(snapshot: Snapshot, gpu: GpuStatus) -> tuple[str, ...]:
@@ -160,7 +199,9 @@ def _instances(page: _Page, snapshot: Snapshot) -> None:
     for each in snapshot.status.instances:
         # Without a policy's name two instances could share their labels, and Prometheus would refuse the whole page.
         if (name := names.get(each.policy_uid)) is not None:
-            _instance(page, each, (*name, each.pool, each.instance))
+            labels = (*name, each.pool, each.instance)
+            _instance(page, each, labels)
+            page.add(specs.INSTANCE_IDLE_CAPPED, snapshot.idle_seconds.get(each.key), *labels)
 
 
 def _instance(page: _Page, each: InstanceStatus, labels: tuple[str, ...]) -> None:

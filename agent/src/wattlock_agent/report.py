@@ -16,8 +16,8 @@ from wattlock_agent.gpu.base import GpuFault
 from wattlock_agent.instance import InstanceTrack
 from wattlock_agent.limiters import LIMITER_NAMES
 from wattlock_agent.orders import InstanceKey, key_of
-from wattlock_agent.plan import Decision, Refusal
 from wattlock_agent.track import GpuTrack
+from wattlock_agent.world import Decision, Refusal
 
 MEASUREMENT_SECONDS = 20.0
 MIN_SECONDS = 2.0
@@ -40,7 +40,9 @@ def build_status(
     parted: Sequence[InstanceStatus] = (),
 ) -> NodeEnergyStatus:
     """Return the status as it is now. ``parted``: instances without orders whose last joules are to be told."""
-    gpus = [_gpu(outlook, identity.uuid, tracks.get(identity.uuid)) for identity in outlook.scan.gpus[:MAX_GPUS]]
+    gpus = [
+        _gpu(outlook, identity.uuid, tracks.get(identity.uuid), instances) for identity in outlook.scan.gpus[:MAX_GPUS]
+    ]
     return NodeEnergyStatus(
         observed_generation=outlook.settled_generation,
         reported_at=timestamp(outlook.clock.unix_seconds),
@@ -48,7 +50,7 @@ def build_status(
         agent=_agent(outlook, version, pod_name),
         gpus=gpus,
         instances=[*_instances(outlook, instances), *parted][:MAX_INSTANCES],
-        capped=f"{sum(gpu.reason in (Reason.LOCKED, Reason.CONTROL_EPOCH) for gpu in gpus)}/{len(gpus)}",
+        capped=f"{sum(gpu.reason in (Reason.LOCKED, Reason.CONTROL_EPOCH, Reason.IDLE) for gpu in gpus)}/{len(gpus)}",
         locked=sum(gpu.state is GpuState.LOCKED for gpu in gpus),
     )
 
@@ -105,13 +107,25 @@ def _turning(decision: Decision, unix_seconds: float) -> bool:
     return just_began and arm_of(schedule, order.instance, epoch - 1) is Arm.CONTROL
 
 
-def _gpu(outlook: Outlook, uuid: str, track: GpuTrack | None) -> GpuStatus:
+def _waking(decision: Decision, instances: Mapping[InstanceKey, InstanceTrack], now_seconds: float) -> bool:
+    """Return whether the GPU is about to get the pool's clock back because its instance has just stopped to be idle."""
+    instance = instances.get(key_of(decision.order)) if decision.order is not None else None
+    waits = decision.reason is Reason.WAITING_TO_WRITE
+    return waits and instance is not None and instance.idle.recovers(now_seconds)
+
+
+def _gpu(
+    outlook: Outlook, uuid: str, track: GpuTrack | None, instances: Mapping[InstanceKey, InstanceTrack]
+) -> GpuStatus:
     identity = next(gpu for gpu in outlook.scan.gpus if gpu.uuid == uuid)
     decision = outlook.decisions.get(uuid) or Decision(uuid, GpuState.RELEASED, Reason.NO_ORDER, "")
     if _turning(decision, outlook.clock.unix_seconds):
         # Part of every turn between the arms and no news: conditions would change with each epoch.
         text = f"was released for comparison, {decision.message}"
         decision = replace(decision, reason=Reason.CONTROL_EPOCH, message=text)
+    elif _waking(decision, instances, outlook.clock.now_seconds):
+        # The same: requests come and go all day.
+        decision = replace(decision, reason=Reason.IDLE, message=f"was idle until a moment ago, {decision.message}")
     order = decision.order
     status = GpuStatus(
         uuid=uuid,

@@ -77,9 +77,16 @@ class GpuTrack:
         self.last = None
 
     def add(
-        self, reading: GpuReading, cap_mhz: int | None, step_mhz: int, lock_age_seconds: float | None
+        self,
+        reading: GpuReading,
+        cap_mhz: int | None,
+        step_mhz: int,
+        lock_age_seconds: float | None,
+        idle: bool = False,
     ) -> tuple[Finding, bool]:
         """Add a reading taken while our lock asked for ``cap_mhz`` (``None``: released).
+
+        ``idle``: that is the lower cap of an instance without requests. What was seen under the ordinary one stands.
 
         Returns:
             What it says about the lock, and whether a counter went back.
@@ -97,7 +104,7 @@ class GpuTrack:
         seconds = elapsed_seconds if not restarted and 0 < elapsed_seconds <= MAX_GAP_SECONDS else 0.0
         limited = self._add_limiters(reading, {} if restarted or grown is None else grown.seconds, seconds, busy)
         self.busy_seconds += seconds * busy / 100
-        settled = lock_age_seconds is not None and lock_age_seconds >= SETTLE_SECONDS
+        settled = lock_age_seconds is not None and lock_age_seconds >= SETTLE_SECONDS and not idle
         self._recent.append(
             _Moment(
                 reading.at_seconds,
@@ -109,7 +116,7 @@ class GpuTrack:
                 reading.power_instant_mw,
             )
         )
-        if cap_mhz is not None and cap_mhz != self._cap_mhz:
+        if cap_mhz is not None and cap_mhz != self._cap_mhz and not idle:
             # What was observed belongs to another request.
             self._cap_mhz, self.observed_mhz, self.clamped = cap_mhz, None, False
         if cap_mhz is not None and settled:

@@ -89,6 +89,7 @@ class Reason(StrEnum):
     # in force
     LOCKED = "Locked"
     CONTROL_EPOCH = "ControlEpoch"
+    IDLE = "Idle"
     OBSERVE_MODE = "ObserveMode"
     PREFILL_POOL = "PrefillPool"
     MIXED_POOL = "MixedPool"
@@ -116,6 +117,9 @@ class Reason(StrEnum):
     # decided by the agent
     STALE_ORDERS = "StaleOrders"
     COMPUTES_PROMPTS = "ComputesPrompts"
+    PREFILL_SHARE = "PrefillShare"
+    PREFILL_UNKNOWN = "PrefillUnknown"
+    PREFILL_NOT_TOLD = "PrefillNotTold"
     GUARDRAIL = "Guardrail"
     UNSUPPORTED_CLOCK = "UnsupportedClock"
     CLOCKS_NOT_SUPPORTED = "ClocksNotSupported"
@@ -147,6 +151,7 @@ class Reason(StrEnum):
     METRICS_TOO_LARGE = "MetricsTooLarge"
     COUNTERS_RESTARTED = "CountersRestarted"
     NO_TOKENS = "NoTokens"
+    IDLE_NOT_TOLD = "IdleNotTold"
     SPANS_NODES = "SpansNodes"
     # about savings
     VERIFICATION_OFF = "VerificationOff"

@@ -57,10 +57,10 @@ class Tune(ApiModel):
 
 
 class Clock(ApiModel):
-    """How far the SM clock of a Decode pool is capped: write exactly one of the choices.
+    """How far the SM clock of a pool is capped: write exactly one of the choices.
 
-    Required for Decode pools, refused for the others. A cap is an upper bound: the GPU may always run
-    slower, it is never pinned to a clock.
+    Required for Decode pools, optional for Mixed ones, refused for Prefill. A cap is an upper bound: the GPU may
+    always run slower, it is never pinned to a clock.
     """
 
     model_config = ConfigDict(
@@ -101,6 +101,37 @@ class MetricsEndpoint(ApiModel):
     """HTTP path. Default: the pod's prometheus.io/path annotation, else /metrics."""
 
 
+class Mixed(ApiModel):
+    """When an instance of a Mixed pool is capped: only while it computes few prompts.
+
+    Its share of prefill work is: prompt tokens that it computed itself, of those and the generated tokens, over the
+    last 30 s. Every token passes the same weights, so this is about the share of floating-point work. It is not the
+    share of time: a prompt token takes a fraction of the time of a generated one.
+    """
+
+    max_prefill_percent: Annotated[int, Field(ge=1, le=90)] = 20
+    """Released at the first reading with a larger share of prefill work than this, in percent; capped (again) after a
+    minute without one. Released too while the engine does not tell the share."""
+
+
+#: Bounds of idle.afterSeconds.
+MIN_IDLE_SECONDS, MAX_IDLE_SECONDS = 10, 3600
+
+
+class Idle(ApiModel):
+    """A lower cap for instances without requests.
+
+    An instance is idle when its engine has shown no running request, no waiting one and no new token in every reading
+    for afterSeconds. It is released within a second of the first request, and the pool's own clock follows.
+    """
+
+    max_sm_clock_mhz: Annotated[int, Field(ge=100, le=5000)] | None = None
+    """Upper bound of the SM clock in MHz while idle, never above the pool's clock. Absent: the lowest clock that the
+    GPU supports."""
+    after_seconds: Annotated[int, Field(ge=MIN_IDLE_SECONDS, le=MAX_IDLE_SECONDS)] = 60
+    """How long an instance must have been without work, in seconds."""
+
+
 class Pool(ApiModel):
     """Pods with one role in serving."""
 
@@ -113,9 +144,24 @@ class Pool(ApiModel):
                     "clock: {tune: {}}",
                 ),
                 cel(
-                    "self.role == 'Decode' || !has(self.clock)",
-                    "only a Decode pool may have a clock: Prefill and Mixed pools are measured and left alone, "
-                    "remove clock",
+                    "self.role != 'Prefill' || !has(self.clock)",
+                    "a Prefill pool may have no clock: prefill is limited by compute, so it is measured and left "
+                    "alone, remove clock",
+                ),
+                cel(
+                    "self.role != 'Mixed' || !has(self.clock) || !has(self.clock.tune)",
+                    "a Mixed pool cannot be tuned: its energy for each token moves with its prompts as much as with "
+                    "its clock. Write clock: {maxSMClockMHz: 1590} or clock: {profile: published}",
+                ),
+                cel(
+                    "!has(self.mixed) || (self.role == 'Mixed' && has(self.clock))",
+                    "mixed says when the clock of a Mixed pool is in force: remove mixed, or write role: Mixed and a "
+                    "clock",
+                ),
+                cel(
+                    "!has(self.idle) || has(self.clock)",
+                    "idle lowers the clock of a pool that is capped: remove idle, or (not with role: Prefill) write a "
+                    "clock",
                 ),
             ]
         }
@@ -125,7 +171,8 @@ class Pool(ApiModel):
     """Name of the pool in status, events and metrics. Unique in the policy."""
     role: Role
     """Decode: generates tokens, its GPUs are capped. Prefill: computes prompts, its GPUs are never
-    capped. Mixed: does both (aggregated serving), measured and never capped."""
+    capped. Mixed: does both (aggregated serving); without a clock it is measured and never capped, with one it is
+    capped while its share of prefill work is small (see mixed)."""
     selector: Annotated[
         LabelSelector,
         Field(
@@ -146,6 +193,21 @@ class Pool(ApiModel):
     """Attention architecture of the served model; picks the row of a ClockProfile."""
     metrics: MetricsEndpoint = MetricsEndpoint()
     clock: Clock | None = None
+    mixed: Mixed | None = None
+    idle: Idle | None = None
+    """Absent: nothing happens to instances without requests."""
+
+    @property
+    def may_be_capped(self) -> bool:
+        """Whether GPUs of the pool may ever be capped: Decode always, Mixed with a clock, Prefill never."""
+        return self.role is Role.DECODE or (self.role is Role.MIXED and self.clock is not None)
+
+    @property
+    def max_prefill_percent(self) -> int | None:
+        """Share of prefill work up to which an instance is capped, in percent; None where the pool is not mixed."""
+        if self.role is not Role.MIXED or self.clock is None:
+            return None
+        return (self.mixed or Mixed()).max_prefill_percent
 
 
 class Verification(ApiModel):
@@ -213,7 +275,7 @@ _Step = Annotated[Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=_SH
 
 
 class Rollout(ApiModel):
-    """How a change of clock reaches the instances of a Decode pool: in steps, each held until it has proved harmless.
+    """How a change of clock reaches the instances of a pool: in steps, each held until it has proved harmless.
 
     Absent: a change of clock reaches all instances at once. The first cap of a pool is a change, too, and so is a
     changed row of a ClockProfile. When the guardrail trips on an instance under the new clock, every instance gets the
@@ -329,7 +391,8 @@ class EnergyPolicySpec(ApiModel):
     )
 
     mode: Mode = Mode.OBSERVE
-    """Observe (the default) measures and writes nothing to any GPU. Enforce caps the GPUs of Decode pools."""
+    """Observe (the default) measures and writes nothing to any GPU. Enforce caps the GPUs of Decode pools, and of Mixed
+    pools with a clock."""
     pools: Annotated[
         list[Pool],
         Field(
@@ -340,7 +403,7 @@ class EnergyPolicySpec(ApiModel):
     ]
     """The pools of the policy: at most 16."""
     require_prefill_peer: bool = True
-    """Cap decode pods only while a ready prefill pod of the same group exists. Some serving stacks label
+    """Cap pods of Decode pools only while a ready prefill pod of the same group exists. Some serving stacks label
     pods decode that do all the work; capping those would slow prefill."""
     group_by: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=316)]],
@@ -359,3 +422,8 @@ class EnergyPolicySpec(ApiModel):
     rollout: Rollout | None = None
     placement: Placement = Placement()
     cost: Cost = Cost()
+
+    @property
+    def capped_pools(self) -> frozenset[str]:
+        """Names of the pools whose GPUs may be capped."""
+        return frozenset(pool.name for pool in self.pools if pool.may_be_capped)

@@ -18,7 +18,7 @@ from wattlock_api.base import (
     Uid,
 )
 from wattlock_api.constants import ConflictPolicy, GpuState, Mode, Role
-from wattlock_api.energypolicy import Guardrail
+from wattlock_api.energypolicy import MAX_IDLE_SECONDS, MIN_IDLE_SECONDS, Guardrail
 from wattlock_api.pairs import Moments as Moments
 from wattlock_api.pairs import PairStats as PairStats
 from wattlock_api.policystatus import Limiters
@@ -43,7 +43,7 @@ class PolicyRef(ObjectRef):
 
 
 class Hold(ApiModel):
-    """Why the operator does not want a Decode pod capped now."""
+    """Why the operator does not want a pod capped now."""
 
     reason: ReasonName
     """One word for programs."""
@@ -78,6 +78,15 @@ class InstanceSpan(ApiModel):
     """Pods that the instance should have and that the policy does not select, or that do not run."""
 
 
+class OrderIdle(ApiModel):
+    """A lower cap while the instance has no requests."""
+
+    cap_mhz: Annotated[int, Field(ge=100, le=5000)] | None = None
+    """Upper bound of the SM clock while idle, in MHz. Absent: the lowest clock that the GPU supports."""
+    after_seconds: Annotated[int, Field(ge=MIN_IDLE_SECONDS, le=MAX_IDLE_SECONDS)]
+    """How long it must have been without work, in seconds."""
+
+
 class Order(ApiModel):
     """What is wanted of the GPUs of one pod."""
 
@@ -109,6 +118,16 @@ class Order(ApiModel):
     """Absent: all of the instance is on this node."""
     conflict_policy: ConflictPolicy = ConflictPolicy.SKIP
     """Skip: leave a GPU alone whose clock another program sets. Coexist: cap it all the same."""
+    max_prefill_percent: Annotated[int, Field(ge=1, le=90)] | None = None
+    """Mixed pools with a clock: capped only while at most this share of the instance's tokens are prompt tokens that it
+    computed, in percent. Without it a Mixed pod is never capped."""
+    idle: OrderIdle | None = None
+    """Absent: nothing happens while the instance has no requests. Given together with capMHz alone."""
+
+    @property
+    def may_be_capped(self) -> bool:
+        """Whether the role allows a cap at all: Decode always, Mixed with its bound, Prefill never."""
+        return self.role is Role.DECODE or (self.role is Role.MIXED and self.max_prefill_percent is not None)
 
 
 class NodeEnergySpec(ApiModel):
@@ -182,7 +201,8 @@ class GpuStatus(ApiModel):
     """The serving instance."""
     requested_mhz: int | None = None
     """The cap that our lock asks for, in MHz, also while a control epoch releases it for comparison or another program
-    has undone it (reason Contested)."""
+    has undone it (reason Contested). While the instance is idle (reason Idle) the cap that it gets back with its first
+    request."""
     observed_mhz: int | None = None
     """Median SM clock in MHz of the readings (one a second) in which the GPU was busy, over 20 s. Where a clock is
     requested: of the last 20 s under that cap, so that it stands through control epochs. Else: of the last 20 s."""
@@ -270,7 +290,7 @@ class InstanceStatus(ApiModel):
     instance: InstanceName
     """The instance."""
     reason: ReasonName = ""
-    """What is wrong with the serving metrics, one word; empty when nothing is."""
+    """What is wrong with the serving metrics, or not told by them, one word; empty when nothing is."""
     message: Sentence = ""
     """The same as a sentence."""
     tokens_per_second: PositiveDecimalString | None = None
@@ -296,7 +316,8 @@ class InstanceStatus(ApiModel):
     estimated_gigabytes: PositiveDecimalString | None = None
     """Bytes moved to and from the memory of one GPU by the engine's own estimate, in 10^9 a second, summed likewise."""
     computes_prompts: bool = False
-    """Whether a decode instance computes prompts itself: then it is never capped. Told in Observe as well."""
+    """Whether a decode instance computes prompts itself, or a mixed one more of them than its pool allows: then it is
+    not capped. Told in Observe as well."""
     guardrail_tripped: bool = False
     """Whether it is held released because the guardrail was breached."""
     guardrail_message: Sentence = ""
@@ -333,6 +354,6 @@ class NodeEnergyStatus(ApiModel):
     """The serving instances of the node."""
     capped: Annotated[str, Field(max_length=16)] | None = None
     """GPUs under a cap of all GPUs of the node, e.g. 3/4, for kubectl get. GPUs that a control epoch releases for
-    comparison count."""
+    comparison count, and those under the lower cap of idle instances."""
     locked: int = 0
     """Number of GPUs under a lock of ours at this moment."""

@@ -240,7 +240,8 @@ class PoolStatus(ApiModel):
     gpus: int = 0
     """GPUs that those pods hold."""
     capped: int = 0
-    """GPUs under the cap, those that one of its control epochs releases for comparison included. Steady."""
+    """GPUs under the cap, those that one of its control epochs releases for comparison and those under the lower cap of
+    idle instances included. Steady."""
     locked: int = 0
     """GPUs that are locked at this moment. Moves with the control epochs, which release some of the capped."""
     requested_mhz: int | None = None
@@ -298,8 +299,8 @@ class Summary(ApiModel):
     gpus: int = 0
     """GPUs of all pools."""
     capped: Annotated[str, Field(max_length=32)] | None = None
-    """GPUs under the cap of the GPUs of the Decode pools, e.g. 6/6. GPUs that a control epoch releases for comparison
-    count: they are under the experiment that the cap is part of."""
+    """GPUs under the cap of the GPUs of the Decode pools and of the Mixed pools with a clock, e.g. 6/6. GPUs that a
+    control epoch releases for comparison count: they are under the experiment that the cap is part of."""
     locked: int = 0
     """GPUs that are locked at this moment. Moves with the control epochs."""
     clock: Annotated[str, Field(max_length=64)] | None = None
@@ -313,7 +314,7 @@ class Summary(ApiModel):
     observed: Annotated[str, Field(max_length=64)] | None = None
     """SM clock that capped GPUs ran at while busy, e.g. 1590MHz."""
     joules_per_token: Annotated[str, Field(max_length=32)] | None = None
-    """Of the Decode pools, e.g. 0.120."""
+    """Of the pools that are capped, e.g. 0.120."""
 
 
 class EnergyPolicyStatus(ApiModel):

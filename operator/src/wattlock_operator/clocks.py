@@ -47,7 +47,7 @@ def cap_for(
     tuned: Cap | Hold | None = None,
     regime: Regime | None = None,
 ) -> Cap | Hold:
-    """Return the cap that a Decode pool asks of a pod with GPUs of these products, or why there is none.
+    """Return the cap that a pool asks of a pod with GPUs of these products, or why there is none.
 
     ``tuned``: what the pool's tuner wants; ``None`` where it does not work. ``regime``: the work that chooses
     the row of a profile; ``None``: not known.

@@ -21,6 +21,7 @@ from wattlock_api.constants import (
 from wattlock_api.energypolicy import EnergyPolicySpec
 from wattlock_api.policystatus import PoolStatus, RolloutStatus, Savings
 
+from wattlock_operator.poolstatus import CAPPED
 from wattlock_operator.release import Release, release_sentence
 from wattlock_operator.reports import PoolReport
 from wattlock_operator.selection import Member
@@ -39,7 +40,7 @@ class Facts:
     """In the order of ``pools``."""
     disputes: Sequence[Member] = ()
     claimed: Sequence[Member] = ()
-    """Decode pods whose GPUs another controller sets as well, by an annotation."""
+    """Pods that may be capped whose GPUs another controller sets as well, by an annotation."""
     suspects: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Pods that may set clocks or power, by node."""
     lagging_nodes: Sequence[str] = ()
@@ -95,14 +96,7 @@ OTHERS_WRITE = (Reason.OTHER_WRITER, Reason.FOREIGN_LOCK, Reason.CONTESTED)
 _SEARCHING = ("Starting", "Searching")
 #: What GPUs are, one after the other, while a tuner goes from arm to arm. That the guardrail ended an arm is told by
 #: GuardrailTripped; on the way down it is to be expected.
-_ARMS = {
-    Reason.LOCKED.value,
-    Reason.CONTROL_EPOCH.value,
-    Reason.WAITING_TO_WRITE.value,
-    Reason.TUNING.value,
-    Reason.GUARDRAIL.value,
-}
-_CAPPED = {Reason.LOCKED.value, Reason.CONTROL_EPOCH.value}
+_ARMS = {*CAPPED, Reason.WAITING_TO_WRITE.value, Reason.TUNING.value, Reason.GUARDRAIL.value}
 
 
 def _reason_in(pools: Sequence[PoolStatus], wanted: Sequence[Reason]) -> tuple[str, str] | None:
@@ -165,27 +159,30 @@ def _enforced(facts: Facts) -> Finding:
         return Finding(kind, False, "Releasing" if facts.release else "InvalidSpec", "no GPU is to be capped")
     if spec.mode is Mode.OBSERVE:
         return Finding(
-            kind, False, Reason.OBSERVE_MODE.value, "mode is Observe: write mode: Enforce to cap the Decode pools"
+            kind, False, Reason.OBSERVE_MODE.value, "mode is Observe: write mode: Enforce to cap the pools with a clock"
         )
-    decode = [pool for pool in facts.pools if pool.role is Role.DECODE]
-    capped = sum(pool.capped for pool in decode)
-    gpus = sum(pool.gpus for pool in decode)
-    searching = [pool.name for pool in decode if _on_arms(pool)]
-    if gpus and gpus == sum(_follow_arms(pool) if _on_arms(pool) else pool.capped for pool in decode):
+    pools = [pool for pool in facts.pools if pool.name in spec.capped_pools]
+    if not pools:
+        return Finding(kind, False, "NoClock", "no pool has a clock: nothing is to be capped")
+    capped = sum(pool.capped for pool in pools)
+    gpus = sum(pool.gpus for pool in pools)
+    searching = [pool.name for pool in pools if _on_arms(pool)]
+    if gpus and gpus == sum(_follow_arms(pool) if _on_arms(pool) else pool.capped for pool in pools):
         if searching:
             text = (
                 f"every GPU follows the search for the clock of pool {', '.join(searching)}, from one arm to the next"
             )
             return Finding(kind, True, Reason.TUNING.value, text[:1024])
-        return Finding(kind, True, "Capped", "every GPU of the Decode pools is capped (or in a control epoch)")
+        text = "every GPU of the pools with a clock is capped (or in a control epoch, or idle under a lower cap)"
+        return Finding(kind, True, "Capped", text)
     others = [
         (entry.gpus, entry.reason, f"pool {pool.name}: {entry.message}")
-        for pool in decode
+        for pool in pools
         for entry in pool.reasons
-        if entry.reason not in (_ARMS if _on_arms(pool) else _CAPPED)
+        if entry.reason not in (_ARMS if _on_arms(pool) else CAPPED)
     ]
     if not others:
-        return Finding(kind, False, Reason.NO_GPUS.value, "no GPU of a Decode pool is reported yet")
+        return Finding(kind, False, Reason.NO_GPUS.value, "no GPU of a pool with a clock is reported yet")
     _, reason, message = max(others, key=lambda entry: entry[0])
     return Finding(kind, False, reason, f"{capped} of {gpus} GPUs are capped. {message}" if gpus else message)
 
@@ -350,7 +347,7 @@ def _verified(facts: Facts) -> Finding:
     kind = ConditionType.VERIFIED
     found = [(pool.name, pool.savings) for pool in facts.pools if pool.savings is not None]
     if not found:
-        return Finding(kind, None, "NoDecodePool", "the policy has no Decode pool, so nothing is compared")
+        return Finding(kind, None, "NoDecodePool", "the policy has no pool with a clock, so nothing is compared")
     if searching := _searching(facts):
         # The verdict on each arm comes and goes with it: status.pools has it, beside what the tuner makes of it.
         text = (

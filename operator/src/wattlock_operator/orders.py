@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from wattlock_api.base import ObjectRef
 from wattlock_api.constants import FINALIZER, ConflictPolicy, Mode, Reason, Role
-from wattlock_api.nodeenergy import Hold, InstanceSpan, Order, OrderExperiment, PolicyRef
+from wattlock_api.nodeenergy import Hold, InstanceSpan, Order, OrderExperiment, OrderIdle, PolicyRef
 from wattlock_api.policystatus import RolloutStatus
 
 from wattlock_operator.clocks import Cap, cap_for, hold, products_of
@@ -47,7 +47,7 @@ class Orders:
     refused: Mapping[str, Refusal]
     """By policy UID: why there are no orders for a policy at all."""
     rollouts: Mapping[PoolKey, RolloutStatus] = field(default_factory=dict)
-    """Of the Decode pools that have, or had, something to cap."""
+    """Of the pools that have, or had, something to cap."""
 
 
 def hides_behind_its_node(pod: PodView, world: World) -> bool:
@@ -82,7 +82,7 @@ def _verdict(
     tuned: Mapping[PoolKey, Cap | Hold],
     works: Mapping[PoolKey, Watch],
 ) -> Cap | Hold:
-    """Return the cap of one Decode pod, or why it has none."""
+    """Return the cap of one pod of a pool that may be capped, or why it has none."""
     if member.rivals:
         return hold(
             Reason.POLICY_CONFLICT,
@@ -102,7 +102,7 @@ def _verdict(
             f"pod {member.pod.name} has the annotation {other.annotation}, by which {other.name} {other.does}: two "
             "controllers of one GPU mix what is measured. Remove the annotation, or write conflictPolicy: Coexist",
         )
-    if member.spec.require_prefill_peer:
+    if member.spec.require_prefill_peer and member.pool.role is Role.DECODE:  # a Mixed pod is meant to do without
         group = group_of(member.pod, member.spec.group_by)
         keys = ", ".join(member.spec.group_by)
         if group is None:
@@ -173,6 +173,18 @@ def _instances(members: Sequence[Member], with_gpu: Sequence[Member], world: Wor
     return found
 
 
+def _unseen_prefill(member: Member, instance: _Instance) -> Hold | None:
+    """Return why a Mixed instance over several nodes has no cap: only one of its agents sees when it must go."""
+    if member.pool.role is not Role.MIXED or instance.span is None:
+        return None
+    return hold(
+        Reason.SPANS_NODES,
+        f"instance {member.instance} of the Mixed pool {member.pool.name} has pods on several nodes, or pods that the "
+        "pool does not select: only the agent that reads its metrics sees how much it prefills, and the others would "
+        "release too late. Such instances are capped in Decode pools alone",
+    )
+
+
 def _released_elsewhere(world: World, member: Member, span: InstanceSpan | None) -> Hold | None:
     """Return why the agent of another node released the instance: its GPUs have one clock, on all nodes.
 
@@ -199,6 +211,10 @@ def _order(member: Member, verdict: Cap | Hold | None, instance: _Instance, worl
     policy, spec = member.policy, member.spec
     # In Observe mode the cap is left out on purpose: an agent that misread the mode would still write nothing.
     cap = verdict.mhz if isinstance(verdict, Cap) and spec.mode is Mode.ENFORCE else None
+    idle = None
+    if cap is not None and member.pool.idle is not None:
+        wanted = member.pool.idle
+        idle = OrderIdle(cap_mhz=wanted.max_sm_clock_mhz, after_seconds=wanted.after_seconds)
     experiment = None
     if cap is not None and isinstance(verdict, Cap) and spec.verification.method == "Switchback":
         experiment = OrderExperiment(
@@ -217,10 +233,12 @@ def _order(member: Member, verdict: Cap | Hold | None, instance: _Instance, worl
         cap_mhz=cap,
         hold=verdict if isinstance(verdict, Hold) else None,
         experiment=experiment,
-        guardrail=spec.guardrail if member.pool.role is Role.DECODE else None,
+        guardrail=spec.guardrail if member.pool.may_be_capped else None,
         metrics_url=metrics_url(member, world) if member.pod.uid == instance.speaker else None,
         span=instance.span,
         conflict_policy=spec.conflict_policy,
+        max_prefill_percent=member.pool.max_prefill_percent,
+        idle=idle,
     )
 
 
@@ -262,20 +280,20 @@ def give_orders(
         peers = peer_groups(members)
         verdicts: dict[str, list[Cap | Hold]] = defaultdict(list)
         for member in with_gpu:
-            if member.pool.role is Role.DECODE:
-                verdicts[member.instance].append(_verdict(member, world, peers, tuned, works))
+            if member.pool.may_be_capped:
+                unseen = _unseen_prefill(member, instances[member.instance])
+                verdicts[member.instance].append(unseen or _verdict(member, world, peers, tuned, works))
         agreed = {instance: _agree(found) for instance, found in verdicts.items()}
         turns, states = roll_out(world, with_gpu, agreed, rollouts or {}, now_seconds)
         agreed |= turns
         kept_rollouts |= states
         for member in with_gpu:
-            verdict = agreed[member.instance] if member.pool.role is Role.DECODE else None
+            verdict = agreed[member.instance] if member.pool.may_be_capped else None
             if isinstance(verdict, Cap) and member.spec.mode is Mode.ENFORCE:
                 verdict = _released_elsewhere(world, member, instances[member.instance].span) or verdict
             if member.rivals and verdict is None:
-                verdict = _verdict(
-                    member, world, peers, tuned, works
-                )  # a Prefill pool lost the dispute or won it: say so
+                # A pool that is never capped is in dispute: say so.
+                verdict = _verdict(member, world, peers, tuned, works)
             by_node[member.pod.node].append((member, _order(member, verdict, instances[member.instance], world)))
     final: dict[str, tuple[Order, ...]] = {}
     for node, entries in by_node.items():

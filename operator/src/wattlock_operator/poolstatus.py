@@ -30,8 +30,9 @@ from wattlock_operator.tokenenergy import idle_message, joules_per_token
 from wattlock_operator.world import World
 
 MAX_REASONS = 12
-#: A control epoch is part of the cap's experiment: its GPUs count as capped, or the number would never stand still.
-_CAPPED = (Reason.LOCKED.value, Reason.CONTROL_EPOCH.value)
+#: A control epoch is part of the cap's experiment: its GPUs count as capped, or the number would never stand still. So
+#: do those of idle instances, whose order is in force with a lower cap.
+CAPPED = (Reason.LOCKED.value, Reason.CONTROL_EPOCH.value, Reason.IDLE.value)
 #: Share of the busy time at the power cap above which it counts as binding, in percent. The driver's counter trails
 #: the load: on an H100 and an H200 it went on for up to 0.4 s after a load at the cap had ended, which is 0.7 % of the
 #: shortest busy time that is judged.
@@ -241,7 +242,7 @@ def pool_status(
     fresh = [entry for entry in report.gpus if not entry.silent]
     instances = [item for item in report.instances if not item.silent]
     locked = [entry for entry in fresh if entry.gpu.state is GpuState.LOCKED]
-    capped = [entry for entry in fresh if entry.gpu.reason in _CAPPED]
+    capped = [entry for entry in fresh if entry.gpu.reason in CAPPED]
     requested = [entry.gpu.requested_mhz for entry in fresh if entry.gpu.requested_mhz is not None]
     observed = [
         entry.gpu.observed_mhz

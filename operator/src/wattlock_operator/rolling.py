@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from wattlock_api.constants import Mode, Reason, Role, RolloutPhase
+from wattlock_api.constants import Mode, Reason, RolloutPhase
 from wattlock_api.nodeenergy import Hold
 from wattlock_api.policystatus import RolloutStatus
 
@@ -58,7 +58,7 @@ def roll_out(
     for member in members:
         # A tuner's caps are arms of an experiment: all instances have the same one, or it could not be judged.
         tuned = member.pool.clock is not None and member.pool.clock.tune is not None
-        if member.pool.role is Role.DECODE and member.spec.mode is Mode.ENFORCE and not tuned:
+        if member.pool.may_be_capped and member.spec.mode is Mode.ENFORCE and not tuned:
             pools[member.pool.name][member.instance].append(member)
     for name, groups in pools.items():
         candidates = [

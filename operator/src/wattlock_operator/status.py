@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wattlock_api.base import parse_timestamp
-from wattlock_api.constants import Mode, Reason, Role, RolloutPhase, SavingsVerdict
+from wattlock_api.constants import Mode, Reason, RolloutPhase, SavingsVerdict
 from wattlock_api.energypolicy import Pool
 from wattlock_api.pairs import PairStats
 from wattlock_api.policystatus import EnergyPolicyStatus, PoolStatus, ProfileStatus, Summary
@@ -15,7 +15,7 @@ from wattlock_operator.conditions import OTHERS_WRITE, Facts, dated, find_condit
 from wattlock_operator.ledger import Ledger, advance, opening
 from wattlock_operator.orders import Orders
 from wattlock_operator.pooling import saving_percent
-from wattlock_operator.poolstatus import held_orders, pod_problems, pool_status
+from wattlock_operator.poolstatus import CAPPED, held_orders, pod_problems, pool_status
 from wattlock_operator.release import Release
 from wattlock_operator.reports import PoolKey, PoolReport, number
 from wattlock_operator.rows import rows_in_use
@@ -79,10 +79,10 @@ def _range(numbers: Sequence[int]) -> str | None:
     return f"{distinct[0]}MHz" if len(distinct) == 1 else f"{distinct[0]}-{distinct[-1]}MHz"
 
 
-def _clock(asked: Sequence[int], decode: Sequence[PoolStatus]) -> str | None:
+def _clock(asked: Sequence[int], capped: Sequence[PoolStatus]) -> str | None:
     """Return the caps asked for, with how far they have come while a rollout is under way: 1590MHz(2/8)."""
     clocks = _range(asked)
-    rolling = [pool.rollout for pool in decode if pool.rollout and pool.rollout.phase is not RolloutPhase.COMPLETE]
+    rolling = [pool.rollout for pool in capped if pool.rollout and pool.rollout.phase is not RolloutPhase.COMPLETE]
     if clocks is None or not rolling:
         return clocks
     return f"{clocks}({sum(each.updated for each in rolling)}/{sum(each.instances for each in rolling)})"
@@ -117,24 +117,25 @@ def _asked_mhz(pool: PoolStatus) -> int | None:
 
 def summary(policy: PolicyView, pools: Sequence[PoolStatus], findings: Sequence[Finding]) -> Summary:
     """Return the policy in a line."""
-    decode = [pool for pool in pools if pool.role is Role.DECODE]
-    asked = [mhz for pool in decode if (mhz := _asked_mhz(pool)) is not None]
+    names = policy.spec.capped_pools if policy.spec is not None else frozenset()
+    capped = [pool for pool in pools if pool.name in names]
+    asked = [mhz for pool in capped if (mhz := _asked_mhz(pool)) is not None]
     if not asked and policy.spec is not None and policy.spec.mode is Mode.ENFORCE:
         fixed = [pool.clock.max_sm_clock_mhz for pool in policy.spec.pools if pool.clock is not None]
         asked = [mhz for mhz in fixed if mhz is not None]
-    searching = next((pool.tuning for pool in decode if pool.tuning is not None and pool.tuning.arm is not None), None)
+    searching = next((pool.tuning for pool in capped if pool.tuning is not None and pool.tuning.arm is not None), None)
     arm = f"({searching.arm}/{searching.arms})" if searching is not None else ""
     powers = [pool.power_watts for pool in pools if pool.gpus]
-    per_token = [pool.joules_per_generated_token for pool in decode if pool.joules_per_generated_token is not None]
+    per_token = [pool.joules_per_generated_token for pool in capped if pool.joules_per_generated_token is not None]
     return Summary(
         gpus=sum(pool.gpus for pool in pools),
-        capped=f"{sum(pool.capped for pool in decode)}/{sum(pool.gpus for pool in decode)}" if decode else None,
+        capped=f"{sum(pool.capped for pool in capped)}/{sum(pool.gpus for pool in capped)}" if capped else None,
         locked=sum(pool.locked for pool in pools),
-        clock=f"{clock}{arm}" if arm and (clock := _range(asked)) else _clock(asked, decode),
+        clock=f"{clock}{arm}" if arm and (clock := _range(asked)) else _clock(asked, capped),
         power=f"{sum(watts or 0 for watts in powers)}W" if powers and None not in powers else None,
         saved=_saved(findings),
         saved_kwh=_saved_kwh(pools),
-        observed=_range([pool.observed_mhz for pool in decode if pool.observed_mhz is not None]),
+        observed=_range([pool.observed_mhz for pool in capped if pool.observed_mhz is not None]),
         joules_per_token=f"{number(max(per_token, key=number)):.3f}" if per_token else None,
     )
 
@@ -215,7 +216,7 @@ def report_policy(
         key = (policy.uid, pool.name)
         report = reports.get(key, PoolReport())
         finding = None
-        if policy.spec is not None and pool.role is Role.DECODE:
+        if policy.spec is not None and pool.may_be_capped:
             ledger = ledgers.get(key) or opening(departed_pairs(previous.get(pool.name)))
             ledger = kept_ledgers[key] = advance(ledger, report)
             chances = MAX_TRIALS if pool.clock is not None and pool.clock.tune is not None else 1
@@ -242,7 +243,7 @@ def report_policy(
         pools=pools,
         reports=pool_reports,
         disputes=orders.selection.disputes.get(policy.uid, ()) if release is None else (),
-        claimed=[each for each in members if each.pod.claims and each.pod.wants_gpu and each.pool.role is Role.DECODE],
+        claimed=[each for each in members if each.pod.claims and each.pod.wants_gpu and each.pool.may_be_capped],
         suspects=suspects(world, pool_reports),
         lagging_nodes=() if _changes_arm(policy, tuners, now_seconds) else lagging_nodes(world, orders, policy.uid),
         release=release,
@@ -266,8 +267,9 @@ def urgent_change(before: EnergyPolicyStatus | None, after: EnergyPolicyStatus) 
     """Return whether people should see the new status at once: a state changed, not only numbers."""
 
     def routine(reason: str) -> str:
-        # GPUs take turns between the arms of the experiment all day: how many do at the moment is a number.
-        return Reason.LOCKED.value if reason == Reason.CONTROL_EPOCH.value else reason
+        # GPUs take turns between the arms of the experiment all day, and traffic comes and goes: how many GPUs are in a
+        # control epoch or idle at the moment is a number.
+        return Reason.LOCKED.value if reason in CAPPED else reason
 
     def essence(status: EnergyPolicyStatus) -> object:
         return (

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from wattlock_agent.holders.base import Holders, PodName
 from wattlock_agent.journal import JournalError, LockRecord
 from wattlock_agent.kube import LeaseSeen, OrdersSeen
 from wattlock_agent.orders import Orders
-from wattlock_agent.serving.base import ServingCounters
+from wattlock_agent.serving.base import ScrapeFailure, ServingCounters
 from wattlock_api.constants import Mode
 from wattlock_api.nodeenergy import Order
 from wattlock_api.schedule import Experiment
@@ -207,8 +207,16 @@ class Node:
     waiting_requests: float = 0.0
     preemptions_per_second: float = 0.0
     prompt_share: float = 0.0
+    """Computed prompt tokens for each generated one."""
+    tells_prompts: bool = True
+    running_requests: float | None = 8.0
+    page_fails: str = ""
+    """Reason for which pages cannot be read; empty: they can."""
+    page_delay_seconds: float = 0.0
+    """How long ago a page was asked for when it arrives."""
     scrapes: list[float] = field(default_factory=list)
     _tokens: float = 0.0
+    _prompts: float = 0.0
     _late: float = 0.0
     _preemptions: float = 0.0
     _sent: Orders | None = None
@@ -238,6 +246,7 @@ class Node:
         while self.now_seconds < end - 1e-9:
             self.now_seconds += step_seconds
             self._tokens += self.tokens_per_second * step_seconds
+            self._prompts += self.prompt_share * self.tokens_per_second * step_seconds
             self._late += self.late_share * self.tokens_per_second * step_seconds
             self._preemptions += self.preemptions_per_second * step_seconds
             self.step()
@@ -264,7 +273,7 @@ class Node:
                 woken = self.agent.handle(event, self.clock)
             for key, url in self.agent.scrapes_wanted(self.clock):
                 self.scrapes.append(self.now_seconds)
-                done = ScrapeDone(key, url, self.counters(), 0.01)
+                done = ScrapeDone(key, url, self.page(), 0.01)
                 woken = self.agent.handle(done, self.clock) or woken
             if not woken:
                 return
@@ -273,15 +282,29 @@ class Node:
     def pass_(self) -> None:
         self.agent.tick(self.clock)
 
+    def page(self) -> ServingCounters | ScrapeFailure:
+        asked_seconds = self.now_seconds - self.page_delay_seconds
+        if self.page_fails:
+            return ScrapeFailure(asked_seconds, self.page_fails, "the page cannot be read")
+        return replace(self.counters(), at_seconds=asked_seconds)
+
+    def rest(self) -> None:
+        """No requests from now on."""
+        self.tokens_per_second, self.running_requests = 0.0, 0.0
+
+    def work(self) -> None:
+        """Requests from now on."""
+        self.tokens_per_second, self.running_requests = 1000.0, 8.0
+
     def counters(self) -> ServingCounters:
         return ServingCounters(
             at_seconds=self.now_seconds,
             generated_tokens=self._tokens,
             prompt_tokens=self._tokens,
-            computed_prompt_tokens=self._tokens * self.prompt_share,
+            computed_prompt_tokens=self._prompts if self.tells_prompts else None,
             inter_token_latency_sum_seconds=self._latency_sum(),
             inter_token_latency_count=self._tokens,
-            running_requests=8.0,
+            running_requests=self.running_requests,
             waiting_requests=self.waiting_requests,
             preemptions=self._preemptions,
             born_seconds=1.0,

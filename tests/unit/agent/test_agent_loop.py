@@ -14,9 +14,11 @@ from wattlock_agent.journal import JournalHeldError
 from wattlock_agent.kube import LeaseSeen, OrdersSeen
 from wattlock_agent.loop import EXIT_DRIVER_MISMATCH, EXIT_FAILED, EXIT_OK, Loop
 from wattlock_agent.orders import Orders
-from wattlock_agent.serving.base import ScrapeFailure
+from wattlock_agent.serving.base import ScrapeFailure, ServingCounters
 from wattlock_agent.settings import Settings
+from wattlock_api.boottime import now_seconds
 from wattlock_api.constants import Mode
+from wattlock_api.nodeenergy import OrderIdle
 
 
 class FakeKubelet:
@@ -195,3 +197,56 @@ def test_bad_settings_end_the_command_with_a_sentence(capsys, monkeypatch):
 def test_reset_without_records_needs_no_driver(capsys, tmp_path):
     assert main(["reset", "--state-dir", str(tmp_path / "state")]) == 0
     assert "no lock" in capsys.readouterr().out
+
+
+class PageOnRequest:
+    """A page without work until ``requested`` is set; remembers when it first showed some."""
+
+    def __init__(self):
+        self.requested = threading.Event()
+        self.shown_seconds = 0.0
+
+    def scrape(self, url):
+        running = 1.0 if self.requested.is_set() else 0.0
+        if running and not self.shown_seconds:
+            self.shown_seconds = time.monotonic()
+        return ServingCounters(now_seconds(), 0.0, 0.0, 0.0, None, None, running, 0.0, None, None)
+
+
+def test_an_idle_instance_of_eight_slow_gpus_wakes_in_a_moment(make_loop, make_order, make_gpu):
+    """Reading all GPUs takes 50 ms and the disk as long; from page to the last reset it must not take both."""
+    loop, node, kubelet = make_loop()
+    node.driver.gpus[:] = [make_gpu(number) for number in range(8)]
+    pod = (PodName("llm", "decode-0"),)
+    kubelet.holders = lambda gpus: Holders({gpu.uuid: pod for gpu in gpus}, frozenset(), {})
+    loop._scraper = scraper = PageOnRequest()
+    reset_seconds = []
+
+    def slow(call, seconds, note=None):
+        def slowly(*arguments):
+            time.sleep(seconds)
+            result = call(*arguments)
+            if note is not None:
+                note.append(time.monotonic())
+            return result
+
+        return slowly
+
+    node.driver.read = slow(node.driver.read, 0.006)
+    node.driver.reset = slow(node.driver.reset, 0.001, reset_seconds)
+    node.journal.remove = slow(node.journal.remove, 0.006)
+    order = make_order().model_copy(update={"idle": OrderIdle.model_construct(cap_mhz=None, after_seconds=1)})
+    with running(loop):
+        wait_for(lambda: loop.board.snapshot.status.gpus)
+        give_orders(loop, order)
+        wait_for(lambda: set(node.driver.locks.values()) == {(345, 345)})
+        asked = time.monotonic()
+        scraper.requested.set()
+        wait_for(lambda: not node.driver.locks)
+        wait_for(lambda: loop.board.snapshot.idle_releases.by_work == 1)
+        seconds = loop.board.snapshot.idle_releases.seconds
+    print(f"\npage to the last reset: {1000 * (reset_seconds[-1] - scraper.shown_seconds):.0f} ms")
+    assert len(reset_seconds) == 8
+    assert reset_seconds[-1] - scraper.shown_seconds < 0.15, "a reading that is under way, and the resets"
+    assert reset_seconds[-1] - asked < 0.5
+    assert reset_seconds[-1] - asked < seconds < 1.0, "what is told is an upper bound"

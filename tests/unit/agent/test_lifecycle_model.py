@@ -40,9 +40,12 @@ KINDS = {
     "observe": {"mode": "Observe", "capMHz": 1590},
     "prefill": {"role": "Prefill", "capMHz": 1590},
     "mixed": {"role": "Mixed", "capMHz": 1590},
+    "mixed unseen": {"role": "Mixed", "capMHz": 1590, "maxPrefillPercent": 20, "idle": {"afterSeconds": 10}},
+    "idle": {"capMHz": 1590, "idle": {"afterSeconds": 10}, "metricsURL": "http://10.0.0.1:8000/metrics"},
     "held": {"capMHz": 1590, "hold": {"reason": "NoPrefillPeer", "message": "none"}},
     "none": None,
 }
+LOWEST_MHZ = 345
 gpus = st.sampled_from(range(len(UUIDS)))
 #: How many seconds follow an event before the next one.
 passes = st.sampled_from([0, 1, 1, 2, 5])
@@ -130,7 +133,19 @@ class Lifecycle(RuleBasedStateMachine):
         coexists = any(order.conflict_policy == "Coexist" for order in orders)
         if uuid in self.hardware.stood_before and readings and not coexists:
             return "somebody else's lock stands on it and the policy says Skip"
+        if cap_mhz == LOWEST_MHZ:
+            resting = [order for order in orders if order.idle is not None and not self.works(order.pod.name)]
+            return "" if resting else "no pod that may be capped as idle is without work"
         return "" if any(cap_mhz <= order.cap_mhz for order in orders) else f"{cap_mhz} MHz is above every order"
+
+    def works(self, pod: str) -> bool:
+        """Whether the page of a pod shows work, or cannot be read."""
+        return pod not in self.cluster.resting
+
+    def rest(self, pod: str, rests: bool) -> None:
+        self.cluster.resting.discard(pod)
+        if rests:
+            self.cluster.resting.add(pod)
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
@@ -156,6 +171,21 @@ class Lifecycle(RuleBasedStateMachine):
             pods[UUIDS[first]] = other
         if one is not None:
             pods[UUIDS[second]] = one
+
+    @event(number=gpus, rests=st.booleans())
+    def requests_come_or_end(self, number: int, rests: bool) -> None:
+        self.rest(f"pod-{number}", rests)
+
+    @event(number=gpus, seconds=st.integers(12, 25), effects=st.sampled_from([None, None, 0, 1, 2, 3]))
+    def an_idle_pod_gets_requests(self, number: int, seconds: int, effects: int | None) -> None:
+        """And perhaps the process is killed on the way."""
+        self.kinds[number] = "idle"
+        self.publish()
+        self.rest(f"pod-{number}", True)
+        for _ in range(seconds):
+            self.second(1.0)
+        self.host.effects_left = effects
+        self.rest(f"pod-{number}", False)
 
     @event(number=gpus)
     def pod_goes(self, number: int) -> None:
@@ -354,7 +384,9 @@ class Lifecycle(RuleBasedStateMachine):
             ready = holder is not None and self.healthy() and now_seconds - holder.started_seconds > 40
             fresh = now_seconds - self.cluster.renewal_read_at_seconds <= STALE_ORDERS_SECONDS
             wanted = fresh and holder is not None and any(holder.wants(pod) for pod in lately)
-            counts = ready and not wanted and uuid in self.hardware.ours
+            low = uuid in self.hardware.ours and self.hardware.locks[uuid][1] == LOWEST_MHZ
+            wakes = low and all(self.works(pod.name) for pod in lately)
+            counts = ready and (not wanted or wakes) and uuid in self.hardware.ours
             self.unwanted_passes[uuid] = self.unwanted_passes[uuid] + 1 if counts else 0
             # A release that failed before is tried again after two seconds, a driver is opened after five.
             assert self.unwanted_passes[uuid] <= MAX_PASSES + 6, f"{uuid} stays locked although no order wants it"
@@ -388,6 +420,7 @@ class Lifecycle(RuleBasedStateMachine):
         for uuid in UUIDS:
             if self.hardware.locks.get(uuid) == FOREIGN:
                 self.hardware.reset_by_a_person(uuid)
+        self.cluster.resting.clear()
         for _ in range(20):  # a lock that was undone a moment ago is missed, perhaps for the third time
             self.second(1.0)
         self.policy_generation += 1  # what a person does about a conflict or a refusal

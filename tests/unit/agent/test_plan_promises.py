@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from wattlock_agent.gpu.base import GpuIdentity
 from wattlock_agent.holders.base import Holders, PodName
 from wattlock_agent.orders import InstanceKey, Orders, key_of, parse_orders
-from wattlock_agent.plan import AppliedLock, Forget, GpuView, Lock, Refusal, Release, World, plan
+from wattlock_agent.plan import plan
+from wattlock_agent.world import AppliedLock, Forget, GpuView, Lock, Refusal, Release, World
 from wattlock_api.constants import GpuState, Mode, Reason
 from wattlock_api.nodeenergy import Order
 from wattlock_api.schedule import Arm, arm_of, epoch_at
@@ -19,7 +20,7 @@ PODS = tuple(PodName("llm", f"pod-{number}") for number in range(3))
 
 
 def order_strategy():
-    def build(pod, uid, role, mode, cap, experiment, hold, instance, generation, conflict_policy):
+    def build(pod, uid, role, mode, cap, experiment, hold, instance, generation, conflict_policy, mixed, idle):
         fields = {
             "policy": {"namespace": "llm", "name": "p", "uid": "policy", "generation": generation},
             "pool": "x",
@@ -34,6 +35,10 @@ def order_strategy():
             fields["capMHz"] = cap
         if experiment:
             fields["experiment"] = {"seed": "s", "epochSeconds": 20, "controlShare": 0.5}
+        if role == "Mixed" and mixed:
+            fields["maxPrefillPercent"] = mixed
+        if idle is not None:
+            fields["idle"] = idle
         if hold:
             fields["hold"] = {"reason": "NoPrefillPeer", "message": "no prefill pod"}
         return Order.model_validate(fields)
@@ -42,7 +47,7 @@ def order_strategy():
         build,
         st.sampled_from(PODS),
         st.sampled_from(["uid-0", "uid-1", "uid-2", "uid-3"]),
-        st.sampled_from(["Decode", "Decode", "Decode", "Prefill", "Mixed"]),
+        st.sampled_from(["Decode", "Decode", "Decode", "Prefill", "Mixed", "Mixed"]),
         st.sampled_from(["Enforce", "Enforce", "Enforce", "Observe"]),
         st.sampled_from([None, 100, 345, 1590, 1600, 1980, 5000]),
         st.booleans(),
@@ -50,7 +55,13 @@ def order_strategy():
         st.sampled_from(["a", "b"]),
         st.integers(1, 2),
         st.sampled_from(["Skip", "Skip", "Coexist"]),
+        st.sampled_from([None, 20, 20]),
+        st.sampled_from([None, {"afterSeconds": 60}, {"afterSeconds": 60, "capMHz": 1000}]),
     )
+
+
+#: What may hold an instance released; all but the first are about prompts, of which one without work computes none.
+HOLDS = (Reason.GUARDRAIL, Reason.COMPUTES_PROMPTS, Reason.PREFILL_SHARE, Reason.PREFILL_UNKNOWN)
 
 
 def refusals(reason):
@@ -70,12 +81,17 @@ def worlds(draw):
             mig_enabled=draw(st.sampled_from([False, False, False, True])),
             virtual=draw(st.sampled_from([False, False, False, True])),
         )
-        lock = draw(st.sampled_from([None, AppliedLock(1590, "uid-0"), AppliedLock(1200, "uid-1")]))
+        locks = [None, AppliedLock(1590, "uid-0"), AppliedLock(1200, "uid-1"), AppliedLock(345, "uid-0", idle=True)]
+        lock = draw(st.sampled_from(locks))
+        recorded = lock is not None or draw(st.booleans())
+        undone = recorded and lock is None and draw(st.sampled_from([False, False, True]))
         gpus.append(
             GpuView(
                 identity=identity,
                 lock=lock,
-                recorded=lock is not None or draw(st.booleans()),
+                recorded=recorded,
+                left_idle=recorded and lock is None and not undone and draw(st.booleans()),
+                undone=undone,
                 fault=draw(refusals(Reason.GPU_LOST)),
                 refused=draw(refusals(Reason.NO_PERMISSION)),
                 conflict=draw(refusals(Reason.OTHER_WRITER)),
@@ -106,10 +122,11 @@ def worlds(draw):
         holders_problem="",
         gpus=tuple(gpus),
         holds={
-            InstanceKey("policy", name): Refusal(GpuState.RELEASED, Reason.GUARDRAIL, "slow")
+            InstanceKey("policy", name): Refusal(GpuState.RELEASED, draw(st.sampled_from(HOLDS)), "slow")
             for name in ("a", "b")
             if draw(st.sampled_from([False, False, False, True]))
         },
+        idle=frozenset(InstanceKey("policy", name) for name in ("a", "b") if draw(st.booleans())),
         journal_problem=draw(st.sampled_from(["", "", "", "disk full"])),
         other_agent=draw(st.sampled_from([""] * 7 + ["another agent has the journal"])),
         pending=draw(st.booleans()),
@@ -131,15 +148,21 @@ def may_be_locked(world, gpu):
     if len(orders) != 1:
         return False
     order = orders[0]
-    if order.role != "Decode" or order.mode != "Enforce" or order.cap_mhz is None or order.hold is not None:
+    if order.role != "Decode" and (order.role != "Mixed" or order.max_prefill_percent is None):
         return False
-    if key_of(order) in world.holds or gpu.conflict or gpu.fault or gpu.refused or world.other_agent:
+    if order.mode != "Enforce" or order.cap_mhz is None or order.hold is not None:
+        return False
+    idle = key_of(order) in world.idle and order.idle is not None
+    hold = world.holds.get(key_of(order))
+    if hold is not None and not (idle and hold.reason in HOLDS[1:]):
+        return False
+    if gpu.conflict or gpu.fault or gpu.refused or world.other_agent:
         return False
     if gpu.foreign_mhz is not None and order.conflict_policy == "Skip":
         return False
     if gpu.identity.mig_enabled or gpu.identity.virtual:
         return False
-    if order.experiment is not None:
+    if order.experiment is not None and not idle:
         experiment = order.experiment.experiment()
         if arm_of(experiment, order.instance, epoch_at(experiment, world.unix_seconds)) is not Arm.CAP:
             return False
@@ -153,7 +176,7 @@ def test_locks_only_what_was_chosen_and_only_as_far(world):
     assert set(decisions) == {gpu.identity.uuid for gpu in world.gpus}
     for gpu in world.gpus:
         decision = decisions[gpu.identity.uuid]
-        if isinstance(decision.action, Lock) or decision.reason == Reason.LOCKED:
+        if isinstance(decision.action, Lock) or decision.reason in (Reason.LOCKED, Reason.IDLE):
             assert may_be_locked(world, gpu)
         if isinstance(decision.action, Lock):
             assert decision.action.cap_mhz in gpu.identity.supported_clocks_mhz
@@ -162,7 +185,7 @@ def test_locks_only_what_was_chosen_and_only_as_far(world):
             assert gpu.lock_not_before_seconds <= world.now_seconds
             assert gpu.suspected_until_seconds <= world.now_seconds or decision.order.conflict_policy == "Coexist"
             assert decision.settled == bool(gpu.contested), "nobody waits for the end of a contest"
-        if decision.reason == Reason.LOCKED:
+        if decision.reason in (Reason.LOCKED, Reason.IDLE):
             assert not gpu.contested
         assert not decision.in_force or may_be_locked(world, gpu)
 
@@ -175,17 +198,48 @@ def test_undoes_every_lock_that_is_not_wanted_and_no_other(world):
         decision = decisions[gpu.identity.uuid]
         if isinstance(decision.action, Release):
             assert gpu.recorded, "a GPU without our record is never reset"
-            assert world.mode is Mode.ENFORCE
+            assert world.mode is Mode.ENFORCE or gpu.undone, "only its record is removed then"
             assert gpu.conflict is None, "another writer's lock is not ours to undo"
         if isinstance(decision.action, Forget):
             assert gpu.conflict is not None
         can_undo = world.mode is Mode.ENFORCE and world.may_write and gpu.fault is None
         waits = (world.pending and not world.stopping) or gpu.release_not_before_seconds > world.now_seconds
-        wanted = decision.reason in (Reason.LOCKED, Reason.WAITING_TO_WRITE) or (
+        wanted = decision.reason in (Reason.LOCKED, Reason.WAITING_TO_WRITE, Reason.IDLE) or (
             decision.reason == Reason.CONTESTED and may_be_locked(world, gpu)
         )
         if gpu.recorded and gpu.conflict is None and can_undo and not waits and not wanted:
             assert isinstance(decision.action, Release)
+
+
+@settings(max_examples=250, deadline=None)
+@given(worlds())
+def test_the_cap_of_idle_instances_stands_only_while_they_are_idle(world):
+    """Whatever else is the case: what wants to wake up waits for no order, no kubelet and no write interval."""
+    decisions = plan(world)
+    for gpu in world.gpus:
+        decision = decisions[gpu.identity.uuid]
+        pods = world.holders.pods.get(gpu.identity.uuid, ()) if world.holders else ()
+        keys = {
+            key_of(each)
+            for each in (world.orders.orders if world.orders else ())
+            if each.pod.name in {p.name for p in pods}
+        }
+        idle = decision.order is not None and key_of(decision.order) in world.idle and decision.order.idle is not None
+        assert decision.idle <= idle
+        assert decision.idle <= (keys <= world.idle)
+        if isinstance(decision.action, Lock) and decision.action.idle:
+            assert decision.idle
+            assert decision.action.cap_mhz <= snapped(decision.order.idle.cap_mhz or 345)
+            assert decision.action.cap_mhz <= decision.order.cap_mhz
+        can_undo = world.mode is Mode.ENFORCE and world.may_write and gpu.fault is None and gpu.conflict is None
+        fails = gpu.release_not_before_seconds > world.now_seconds
+        lower = gpu.left_idle or (gpu.lock is not None and gpu.lock.idle and not decision.idle)
+        if lower and can_undo and not fails:
+            assert isinstance(decision.action, Release)
+
+
+def snapped(mhz):
+    return max(clock for clock in CLOCKS if clock <= mhz)
 
 
 @settings(max_examples=250, deadline=None)
@@ -200,15 +254,17 @@ def test_gpus_of_an_instance_act_alike(world):
         about_the_gpu = {Reason.MIG_ENABLED, Reason.VIRTUAL_GPU, Reason.CLOCKS_NOT_SUPPORTED}
         about_the_gpu |= {Reason.OTHER_WRITER, Reason.FOREIGN_LOCK}
         if any(each.reason in about_the_gpu for each in group):
-            assert not any(isinstance(each.action, Lock) or each.reason == Reason.LOCKED for each in group)
+            assert not any(isinstance(each.action, Lock) or each.in_force for each in group)
         views = {gpu.identity.uuid: gpu for gpu in world.gpus}
         waiting = [
             each
             for each in group
             if each.reason == Reason.WAITING_TO_WRITE
+            or (each.reason == Reason.IDLE and not each.in_force)
             or (each.reason == Reason.CONTESTED and not each.in_force and may_be_locked(world, views[each.uuid]))
         ]
-        locking = [isinstance(each.action, Lock) for each in waiting]
+        # One whose lower cap is undone first is written when that is done.
+        locking = [isinstance(each.action, Lock) for each in waiting if not isinstance(each.action, Release)]
         assert len(set(locking)) <= 1
 
 
@@ -218,7 +274,7 @@ def test_a_stale_or_stopping_agent_holds_nothing(world):
     for changed in (replace(world, stale="silent"), replace(world, stopping=True)):
         for decision in plan(changed).values():
             assert not isinstance(decision.action, Lock)
-            assert decision.reason != Reason.LOCKED
+            assert decision.reason not in (Reason.LOCKED, Reason.IDLE)
 
 
 @settings(max_examples=120, deadline=None)
@@ -235,6 +291,7 @@ def test_every_decision_explains_itself(world):
         ({"mode": "Observe"}, "ObserveMode", "Observing"),
         ({"role": "Prefill", "capMHz": None}, "PrefillPool", "Released"),
         ({"role": "Mixed", "capMHz": None}, "MixedPool", "Released"),
+        ({"role": "Mixed", "idle": {"afterSeconds": 60}}, "MixedPool", "Released"),
         ({"capMHz": 300}, "UnsupportedClock", "Unsupported"),
         ({"capMHz": None, "hold": {"reason": "NoPrefillPeer", "message": "none"}}, "NoPrefillPeer", "Released"),
     ],
@@ -303,6 +360,57 @@ def test_one_defect_is_enough_not_to_lock(make_gpu, make_order, defect):
     assert decision.reason != Reason.LOCKED
 
 
+def idle_world(make_gpu, make_order, **changes):
+    world = lone_world(make_gpu(), make_order(**({"idle": {"afterSeconds": 60}} | changes)))
+    return replace(world, idle=frozenset({InstanceKey("policy-1", "decode-0")}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "action"),
+    [
+        ({}, Lock(345, 345, idle=True)),
+        ({"idle": {"afterSeconds": 60, "capMHz": 1007}}, Lock(345, 1005, idle=True)),
+        ({"idle": {"afterSeconds": 60, "capMHz": 1980}}, Lock(345, 1590, idle=True)),
+        ({"idle": None}, Lock(345, 1590)),
+        ({"role": "Mixed", "maxPrefillPercent": 20}, Lock(345, 345, idle=True)),
+        ({"experiment": {"seed": "policy-1", "epochSeconds": 20, "controlShare": 0.5}}, Lock(345, 345, idle=True)),
+    ],
+)
+def test_an_idle_instance_gets_the_lower_cap(make_gpu, make_order, changes, action):
+    world = idle_world(make_gpu, make_order, **changes)
+    for unix_seconds in range(0, 200, 20):  # whatever the arm
+        decision = plan(replace(world, unix_seconds=float(unix_seconds)))["GPU-0"]
+        assert decision.action == action
+        assert decision.requested_mhz == 1590, "what it gets back"
+
+
+@pytest.mark.parametrize("defect", [name for name in DEFECTS if name != "held released"])
+def test_one_defect_is_enough_not_to_cap_an_idle_instance(make_gpu, make_order, defect):
+    decision = plan(DEFECTS[defect](idle_world(make_gpu, make_order)))["GPU-0"]
+    assert not isinstance(decision.action, Lock)
+
+
+@pytest.mark.parametrize("reason", HOLDS)
+def test_only_the_guardrail_holds_an_idle_instance_released(make_gpu, make_order, reason):
+    hold = {InstanceKey("policy-1", "decode-0"): Refusal(GpuState.RELEASED, reason, "text")}
+    decision = plan(replace(idle_world(make_gpu, make_order), holds=hold))["GPU-0"]
+    assert (decision.reason == Reason.IDLE) == (reason != Reason.GUARDRAIL)
+    assert isinstance(decision.action, Lock) == (reason != Reason.GUARDRAIL)
+
+
+def test_an_idle_cap_below_every_clock_is_refused_with_what_to_write(make_gpu, make_order):
+    decision = plan(idle_world(make_gpu, make_order, idle={"afterSeconds": 60, "capMHz": 200}))["GPU-0"]
+    assert (decision.reason, decision.action) == ("UnsupportedClock", None)
+    assert "leave it out" in decision.message
+
+
+def test_what_another_agent_left_on_an_idle_gpu_goes_before_anything_is_known(make_gpu, make_order):
+    blind = replace(lone_world(make_gpu()), orders=None, holders=None, pending=True)
+    left = with_view(blind, recorded=True, left_idle=True)
+    assert plan(left)["GPU-0"].action == Release()
+    assert plan(with_view(blind, recorded=True))["GPU-0"].action is None, "an ordinary cap waits for the orders"
+
+
 def test_two_orders_for_one_pod_name_lock_nothing(make_gpu, make_order):
     pod = {"namespace": "llm", "name": "decode-0", "uid": "new"}
     newer = Order.model_validate(make_order().to_api() | {"pod": pod, "podUid": "new"})
@@ -329,6 +437,7 @@ def lone_world(gpu, *orders):
         holders_problem="",
         gpus=(GpuView(gpu),),
         holds={},
+        idle=frozenset(),
         journal_problem="",
         pending=False,
     )

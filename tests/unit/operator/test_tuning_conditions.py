@@ -24,7 +24,10 @@ def pool(phase: str | None, name: str = "decode", /, **gpus: int) -> PoolStatus:
 
 
 def found(kind: str, *pools: PoolStatus, mode: str = "Enforce", lagging: tuple[str, ...] = ()) -> Finding:
-    facts = Facts(policy(spec={"mode": mode}), pools, lagging_nodes=lagging)
+    clock = {"role": "Decode", "clock": {"maxSMClockMHz": 1590}}
+    spec = [clock | {"name": each.name, "selector": {"matchLabels": {"pool": each.name}}} for each in pools]
+    told = policy(spec={"mode": mode, "pools": spec, "requirePrefillPeer": False})
+    facts = Facts(told, pools, lagging_nodes=lagging)
     (finding,) = [each for each in find_conditions(facts) if each.type == kind]
     return finding
 
@@ -36,6 +39,7 @@ ON_THE_WAY = (
     {"Tuning": 4},
     {"Guardrail": 2, "Tuning": 2},
     {"Guardrail": 1, "Locked": 3},
+    {"Idle": 1, "Locked": 3},
 )
 
 

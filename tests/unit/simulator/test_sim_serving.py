@@ -125,6 +125,29 @@ def test_an_instance_that_computes_its_prompts_spends_gpu_time_on_them(simulated
     assert generated / 60.0 < 0.8 * alone.tokens_per_second
 
 
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.8])
+def test_a_mixed_instance_computes_the_share_of_prompts_that_it_is_told(simulated, share):
+    instance = an_instance(simulated, replace(DECODE, role=Role.MIXED))
+    instance.apply(parse(json.dumps({"promptShare": share}).encode(), instance.settings))
+    serve_for(simulated, instance, 240.0)
+    seen = metrics(instance)
+    computed = seen["vllm:prompt_tokens_by_source_total", "local_compute"]
+    assert computed / (computed + seen["vllm:generation_tokens_total",]) == pytest.approx(share, rel=0.1)
+    assert seen["vllm:prompt_tokens_by_source_total", "local_cache_hit"] > 0
+
+
+def test_a_clock_that_decode_does_not_feel_slows_a_mixed_instance_by_its_prompts(simulated):
+    def tokens(share, cap_mhz):
+        simulated.file.gpus[0].request.lock_range_mhz = 345 << 32 | cap_mhz
+        instance = an_instance(simulated, replace(DECODE, role=Role.MIXED, prompt_share=share))
+        serve_for(simulated, instance, 60.0)
+        return metrics(instance)["vllm:generation_tokens_total",]
+
+    few, many = (1 - tokens(share, 1200) / tokens(share, 1980) for share in (0.05, 0.9))
+    assert few < 0.01
+    assert many > 0.03
+
+
 def test_the_slowest_gpu_sets_the_pace(simulated):
     simulated.file.gpus[1].request.lock_range_mhz = 345 << 32 | 345
     instance = an_instance(simulated, gpus=2)

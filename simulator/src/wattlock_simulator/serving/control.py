@@ -72,6 +72,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[str, Any], Any]]] = {
     "architecture": ("architecture", _one_of(Architecture)),
     "jitter": ("jitter", _number(0, 0.5)),
     "computesPrompts": ("computes_prompts", _flag),
+    "promptShare": ("prompt_share", _number(0, 0.95)),
     "extraLatencyMs": ("extra_step_seconds", _number(0, 10_000)),
     "idle": ("idle", _flag),
     "waiting": ("waiting", _number(0, 100_000)),

@@ -40,6 +40,7 @@ _TRANSFER_SECONDS = 0.03  # KV transfer from the prefill peer, a plausible const
 _KV_CAPACITY_TOKENS = 655_360
 _LOAD_MEMORY = 0.3  # from one second to the next the running batch keeps little of its deviation
 _PREFILL_BACKLOG_PROMPTS = 4  # a mixed engine collects prompts and computes them together
+_PREFILL_EVERY_TOKENS = 20_000  # generated, with a share of prompts: seconds apart, so that whole ticks matter little
 
 
 @dataclass
@@ -97,6 +98,8 @@ class Settings:
         context: mean tokens per sequence (prefill: prompt length).
         jitter: standard deviation of the running batch from one second to the next, relative.
         computes_prompts: a decode engine that computes its prompts itself, whatever its label says.
+        prompt_share: computed prompt tokens of all tokens of an engine that computes prompts, 0 to 0.95; the rest of a
+            prompt comes from its prefix cache. None: prompts are computed whole.
         extra_step_seconds: idle time added to each step, in s.
         idle: no requests at all.
         waiting: waiting requests to report.
@@ -109,6 +112,7 @@ class Settings:
     context: float = 4096.0
     jitter: float = 0.03
     computes_prompts: bool = False
+    prompt_share: float | None = None
     extra_step_seconds: float = 0.0
     idle: bool = False
     waiting: int = 0
@@ -242,8 +246,13 @@ class Engine:
         if not _computes(settings):
             counters.transferred_prompt_tokens += prompts
             return
-        self._backlog_tokens += prompts
-        if self._backlog_tokens >= _PREFILL_BACKLOG_PROMPTS * settings.prompt_tokens:
+        computed, enough = float(prompts), float(_PREFILL_BACKLOG_PROMPTS * settings.prompt_tokens)
+        if settings.prompt_share is not None:
+            for_each_token = settings.prompt_share / (1.0 - settings.prompt_share)
+            computed, enough = done * settings.output_tokens * for_each_token, _PREFILL_EVERY_TOKENS * for_each_token
+            counters.cached_prompt_tokens += max(0, prompts - round(computed))
+        self._backlog_tokens += computed
+        if self._backlog_tokens >= max(1.0, enough):
             self._phase = Phase.PREFILL
 
 
