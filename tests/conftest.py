@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 from kubectl_tool import Kubectl
 
 ROOT = Path(__file__).parents[1]
+
+# No example is judged by how long it takes: a busy machine must not make a property fail.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 #: Clusters that the tests may write to. They create and delete things at will, so anything else is refused.
 TEST_SERVERS = ("https://10.250.0.1:6443", "https://127.0.0.1:")

@@ -151,6 +151,19 @@ def test_the_operator_notices_that_its_watches_fell_silent(behind: tuple[Site, s
         eventually(lambda: caps(site, node) == {1200}, 100)
 
 
+def test_the_operator_notices_what_was_deleted_while_its_watches_were_away(
+    behind: tuple[Site, str], proxy: FaultyProxy
+) -> None:
+    """A watch that begins anew from a whole list tells of no deletion, and nothing else may change for minutes."""
+    site, node = behind
+    with proxy.faulty(expired_watch):
+        before = len(proxy.requests)
+        eventually(lambda: any(request.watches for request in proxy.requests[before:]))
+        site.kubectl.run("delete", "nodeenergy", node)
+        pause(3)
+    eventually(lambda: caps(site, node) == {1590}, 60)
+
+
 class Agent:
     """The agent's two threads behind the proxy."""
 

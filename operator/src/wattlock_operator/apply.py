@@ -184,21 +184,28 @@ class Applier:
         self._metrics.wrote(kind, verb)
         return True
 
-    def _change(self, kind: Kind, verb: str, path: str, name: str, write: Callable[[], api.Json]) -> bool:
-        """Write an object of ours, and know at once what it is like now: the watch tells it a little later."""
+    def _change(self, kind: Kind, verb: str, path: str, key: tuple[str, str], write: Callable[[], api.Json]) -> bool:
+        """Write an object of ours, and know at once what it is like now: the watch tells it a little later.
+
+        ``key``: its namespace and name. One that turns out to be gone is forgotten: the watch that should have told
+        may have been away at that moment, and then never tells.
+        """
 
         def change() -> None:
+            known = self._store.version(kind, key)
             try:
                 body = write()
             except KubeError as error:
-                if error.status in (409, 422):
+                if error.status in (404, 409, 422):
                     found = self._kube.get(path)
                     if found is not None:
                         self._store.put(kind, found)
+                    elif known is not None:
+                        self._store.gone(kind, key, known)
                 raise
             self._store.put(kind, body)
 
-        return self._try(kind.name, verb, name, change)
+        return self._try(kind.name, verb, "/".join(filter(None, key)), change)
 
     def write_orders(
         self, node: str, orders: Sequence[Order], peer_power: str = "", present: NodeEnergyView | None = None
@@ -207,9 +214,9 @@ class Applier:
         path = api.node_energy_path(node)
         if present is None:
             create = partial(self._kube.create, api.NODE_ENERGIES, orders_body(node, orders, peer_power))
-            return self._change(NODE_ENERGY, "create", path, node, create)
+            return self._change(NODE_ENERGY, "create", path, ("", node), create)
         write = partial(self._kube.amend, path, orders_patch(orders, peer_power, present))
-        return self._change(NODE_ENERGY, "patch", path, node, write)
+        return self._change(NODE_ENERGY, "patch", path, ("", node), write)
 
     def write_status(self, policy: PolicyView, status: EnergyPolicyStatus) -> bool:
         """Write the status of a policy: of that very object, not of a later one of its name."""
@@ -218,13 +225,14 @@ class Applier:
         body["status"] = status.to_api()
         path = api.policy_path(policy.namespace, policy.name)
         write = partial(self._kube.apply, path + "/status", body)
-        return self._change(POLICY, "apply", path, policy.title, write)
+        return self._change(POLICY, "apply", path, (policy.namespace, policy.name), write)
 
     def _set_finalizers(self, policy: PolicyView, finalizers: Sequence[str]) -> bool:
         path = api.policy_path(policy.namespace, policy.name)
         # The list is replaced as a whole: only as long as nobody else has touched it.
         body = {"metadata": {"uid": policy.uid, "finalizers": list(finalizers)} | _as_it_was(policy.version)}
-        return self._change(POLICY, "patch", path, policy.title, partial(self._kube.merge, path, body))
+        key = (policy.namespace, policy.name)
+        return self._change(POLICY, "patch", path, key, partial(self._kube.merge, path, body))
 
     def claim(self, policies: Iterable[PolicyView]) -> bool:
         """Make the deletion of new policies wait for us; return whether there was such a policy."""

@@ -52,18 +52,28 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.persistence.finalizer = f"{GROUP}/of-no-handler"
 
 
-def _watch(registry: kopf.OperatorRegistry, resource: tuple[str, ...], kind: Kind, store: Store) -> None:
+def _watch(
+    registry: kopf.OperatorRegistry, resource: tuple[str, ...], kind: Kind, store: Store, listed: Callable[[], None]
+) -> None:
     async def see(event: kopf.RawEvent, **_: Any) -> None:
         if event["type"] == "DELETED":
             store.drop(kind, event["object"])
         else:
             store.put(kind, event["object"])
+        if event["type"] is None:  # Kopf has read a whole list: what is not in it any more, it does not tell
+            listed()
 
     kopf.on.event(*resource, id=f"see-{kind.name}", registry=registry)(see)
 
 
-def register(store: Store, kinds_changed: Callable[[], None]) -> kopf.OperatorRegistry:
-    """Return a registry with all watches."""
+def register(store: Store, kinds_changed: Callable[[], None], listed: Callable[[], None]) -> kopf.OperatorRegistry:
+    """Return a registry with all watches.
+
+    Args:
+        store: takes in what they see.
+        kinds_changed: called when one of our CustomResourceDefinitions was changed, deleted or installed.
+        listed: called when a watch begins anew from a whole list.
+    """
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry)
@@ -76,7 +86,7 @@ def register(store: Store, kinds_changed: Callable[[], None]) -> kopf.OperatorRe
         return dataclasses.replace(in_cluster, server=f"https://{f'[{host}]' if ':' in host else host}:{port}")
 
     for resource, kind in _WATCHED:
-        _watch(registry, resource, kind, store)
+        _watch(registry, resource, kind, store, listed)
 
     @kopf.on.event(
         "apiextensions.k8s.io",

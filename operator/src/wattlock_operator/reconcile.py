@@ -38,6 +38,8 @@ MAX_RETRY_SECONDS = 15.0
 LAST_WRITE_SECONDS = 10.0
 #: Whole lists are read so often: a watch may miss a deletion while it reconnects.
 RESYNC_SECONDS = 300.0
+#: The same after a watch has begun anew from a list of its own: it does not tell what was deleted meanwhile.
+LISTED_RESYNC_SECONDS = 5.0
 #: After our kinds changed the watches tell nothing for a while (of a kind that is being deleted, nothing at all): whole
 #: lists are read more often, for so long.
 CLOSE_LOOK_SECONDS = 600.0
@@ -115,6 +117,10 @@ class Reconciler:
         self._close_look_until = time.monotonic() + CLOSE_LOOK_SECONDS
         self._resync_at = 0.0
         self._mark()
+
+    def watches_began(self) -> None:
+        """Note that a watch begins anew from a list: what was deleted while it was away, it does not tell."""
+        self._resync_at = min(self._resync_at, time.monotonic() + LISTED_RESYNC_SECONDS)
 
     def _resync(self) -> bool:
         """Read the whole lists; return whether every kind is there.

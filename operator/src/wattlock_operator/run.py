@@ -78,7 +78,9 @@ class _Watches:
             return
         # Not kopf.operator: it waits until all its tasks have ended, which after a failure was seen to take for ever.
         tasks = await kopf.spawn_tasks(
-            registry=handlers.register(self._reconciler.store, self._reconciler.kinds_changed),
+            registry=handlers.register(
+                self._reconciler.store, self._reconciler.kinds_changed, self._reconciler.watches_began
+            ),
             settings=self._settings,
             standalone=True,
             clusterwide=True,

@@ -94,6 +94,18 @@ class Store:
             del entries[key]
         self._changed()
 
+    def version(self, kind: Kind, key: tuple[str, str]) -> int | None:
+        """Return the version that is known of an object; None: it is not known. ``key``: namespace and name."""
+        with self._lock:
+            known = self._entries[kind.name].get(key)
+        return None if known is None else known.version
+
+    def gone(self, kind: Kind, key: tuple[str, str], version: int) -> None:
+        """Forget an object that is not there any more, unless a later one than this version is known by now."""
+        namespace, name = key
+        metadata = {"namespace": namespace, "name": name, "resourceVersion": str(version)}
+        self.drop(kind, {"metadata": metadata})
+
     def replace(self, kind: Kind, bodies: Iterable[Mapping[str, Any]]) -> None:
         """Take in a whole list: what is not in it is gone, unless it came while the list was read."""
         with self._lock:

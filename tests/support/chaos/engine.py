@@ -185,7 +185,9 @@ class Engine:
         """
         rng = step.rng
         outages = [fault.do(self._site, rng) for fault in step.faults if API in fault.touches]
-        others = [fault.do(self._site, rng) for fault in step.faults if API not in fault.touches]
+        # What ends by waiting for the agents comes after what keeps them down.
+        rest = sorted(step.faults, key=lambda fault: "policies" in fault.touches)
+        others = [fault.do(self._site, rng) for fault in rest if API not in fault.touches]
         alone = len(step.faults) == 1
         try:
             running = list(others)

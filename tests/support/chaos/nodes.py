@@ -69,8 +69,8 @@ while True:
 """
 
 
-def exhaust_memory(pid: int) -> None:
-    """Use up the memory of the container that a process is in, until the kernel has ended the process.
+def exhaust_memory(pid: int) -> bool:
+    """Use up the memory of the container that a process is in, until the kernel has ended the process; return whether.
 
     The kernel is told to take it first. What eats the memory is a process of ours that joins the container's group.
     """
@@ -83,6 +83,7 @@ def exhaust_memory(pid: int) -> None:
         deadline = time.monotonic() + 30
         while Path("/proc", str(pid)).exists() and time.monotonic() < deadline:
             time.sleep(0.05)
+        return not Path("/proc", str(pid)).exists()
     finally:
         eater.kill()
         eater.wait()

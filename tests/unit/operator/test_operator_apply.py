@@ -163,6 +163,20 @@ def test_finalizers_of_others_stay():
     assert not applier(FakeKube()).claim([leaving, gone])
 
 
+def test_what_turns_out_to_be_gone_is_forgotten_unless_it_is_back():
+    """The watch may have missed the deletion: without this every pass would write to it in vain."""
+    store = Store(lambda: None)
+    store.put(NODE_ENERGY, body_of("n1", 7))
+    kube = FakeKube(errors={"PATCH": KubeError("not found", 404), "GET": KubeError("not found", 404)})
+    one = Applier(kube, "wattlock", "me", Metrics(), store, lambda: True)
+    (present,) = store.world((), "wattlock").node_energies.values()
+    assert not one.write_orders("n1", (), present=present)
+    assert store.world((), "wattlock").node_energies == {}
+    store.put(NODE_ENERGY, body_of("n1", 9))
+    store.gone(NODE_ENERGY, ("", "n1"), 7)  # said of the one of before
+    assert set(store.world((), "wattlock").node_energies) == {"n1"}
+
+
 def body_of(name: str, version: int) -> dict[str, Any]:
     return {"metadata": {"name": name, "resourceVersion": str(version)}}
 
