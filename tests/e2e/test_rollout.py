@@ -50,9 +50,15 @@ def test_a_clock_goes_out_in_steps_and_one_that_hurts_comes_back(serving_pods, s
     )
     assert "ms" in ready["message"]
     assert serving_pods.pool("decode")["rollout"]["phase"] == "RolledBack"
-    events = serving_pods.kubectl.get("events", "--field-selector", "involvedObject.name=qwen")["items"]
-    told = [event["reason"] for event in sorted(events, key=lambda event: int(event["metadata"]["resourceVersion"]))]
+
+    def told():
+        events = serving_pods.kubectl.get("events", "--field-selector", "involvedObject.name=qwen")["items"]
+        return [
+            event["reason"] for event in sorted(events, key=lambda event: int(event["metadata"]["resourceVersion"]))
+        ]
+
+    eventually("it is told, which comes after the status", lambda: "RolledBack" in told(), 30)
     # One clock went out; the next began to, the agent told what it did to serving, and it was taken back.
-    story = [reason for reason in told if reason in ("RollingOut", "RolledOut", "Breached", "RolledBack")]
-    assert list(dict.fromkeys(story)) == ["RollingOut", "RolledOut", "Breached", "RolledBack"], told
+    story = [reason for reason in told() if reason in ("RollingOut", "RolledOut", "Breached", "RolledBack")]
+    assert list(dict.fromkeys(story)) == ["RollingOut", "RolledOut", "Breached", "RolledBack"], story
     assert capped_seconds(simulator, gpus, 390) < 10

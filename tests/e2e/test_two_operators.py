@@ -49,6 +49,9 @@ def test_the_other_operator_finishes_a_rollout(two_operators, serving_pods, simu
     eventually("both have the new clock", lambda: caps() == [1200, 1200], 120)
     eventually("it is complete", lambda: serving_pods.pool("decode")["rollout"]["phase"] == "Complete", 60)
     assert len([write for write in simulator.writes()[writes:] if write.locks]) == 2, "each instance changed once"
-    events = serving_pods.kubectl.get("events", "--field-selector", "involvedObject.name=qwen")["items"]
-    told = [event["reason"] for event in events]
-    assert told.count("RolledOut") == 2, f"once for each clock: {told}"
+
+    def told():
+        events = serving_pods.kubectl.get("events", "--field-selector", "involvedObject.name=qwen")["items"]
+        return [event["reason"] for event in events].count("RolledOut")
+
+    eventually("it is told once for each clock", lambda: told() == 2, 30)
