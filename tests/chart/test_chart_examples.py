@@ -38,7 +38,8 @@ def test_there_are_examples_for_every_choice():
     specs = [yaml.safe_load(path.read_text())["spec"] for path in EXAMPLES]
     assert {spec["mode"] for spec in specs} == {"Observe", "Enforce"}
     clocks = [key for spec in specs for pool in spec["pools"] for key in pool.get("clock", {})]
-    assert set(clocks) == {"maxSMClockMHz", "profile"}
+    assert set(clocks) == {"maxSMClockMHz", "profile", "tune"}
+    assert {pool["role"] for spec in specs for pool in spec["pools"]} == {"Decode", "Prefill", "Mixed"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -47,7 +48,7 @@ def test_an_example_fits_the_crd(path, validator):
     assert [error.message for error in validator.iter_errors(policy)] == []
     assert "namespace" not in policy["metadata"], "the user says where"
     spec = EnergyPolicySpec.model_validate(policy["spec"])
-    assert {pool.role for pool in spec.pools} == {"Decode", "Prefill"}
+    assert {pool.role for pool in spec.pools} in ({"Decode", "Prefill"}, {"Mixed"}), "decode has its peer"
 
 
 def test_a_typo_in_an_example_would_be_seen(validator):
