@@ -187,8 +187,9 @@ class Applier:
     def _change(self, kind: Kind, verb: str, path: str, key: tuple[str, str], write: Callable[[], api.Json]) -> bool:
         """Write an object of ours, and know at once what it is like now: the watch tells it a little later.
 
-        ``key``: its namespace and name. One that turns out to be gone is forgotten: the watch that should have told
-        may have been away at that moment, and then never tells.
+        ``key``: its namespace and name. A NodeEnergy that is not found is forgotten: the watch that should have told
+        may have been away at that moment, and then never tells. A policy is not: while its kind is being deleted it is
+        not found now and then, and without it every order would be withdrawn.
         """
 
         def change() -> None:
@@ -200,7 +201,7 @@ class Applier:
                     found = self._kube.get(path)
                     if found is not None:
                         self._store.put(kind, found)
-                    elif known is not None:
+                    elif kind is NODE_ENERGY and known is not None:
                         self._store.gone(kind, key, known)
                 raise
             self._store.put(kind, body)

@@ -101,10 +101,17 @@ class Store:
         return None if known is None else known.version
 
     def gone(self, kind: Kind, key: tuple[str, str], version: int) -> None:
-        """Forget an object that is not there any more, unless a later one than this version is known by now."""
-        namespace, name = key
-        metadata = {"namespace": namespace, "name": name, "resourceVersion": str(version)}
-        self.drop(kind, {"metadata": metadata})
+        """Forget an object that was not found, unless another version than this is known by now.
+
+        Not as sure as a deletion that was told: a server that is about to serve a kind anew finds nothing for a moment.
+        So the same version is taken in again when it is seen.
+        """
+        with self._lock:
+            known = self._entries[kind.name].get(key)
+            if known is None or known.version != version:
+                return
+            del self._entries[kind.name][key]
+        self._changed()
 
     def replace(self, kind: Kind, bodies: Iterable[Mapping[str, Any]]) -> None:
         """Take in a whole list: what is not in it is gone, unless it came while the list was read."""

@@ -172,9 +172,22 @@ def test_what_turns_out_to_be_gone_is_forgotten_unless_it_is_back():
     (present,) = store.world((), "wattlock").node_energies.values()
     assert not one.write_orders("n1", (), present=present)
     assert store.world((), "wattlock").node_energies == {}
+    store.put(NODE_ENERGY, body_of("n1", 7))  # a list has it: the server was wrong
+    assert set(store.world((), "wattlock").node_energies) == {"n1"}
     store.put(NODE_ENERGY, body_of("n1", 9))
     store.gone(NODE_ENERGY, ("", "n1"), 7)  # said of the one of before
     assert set(store.world((), "wattlock").node_energies) == {"n1"}
+
+
+def test_a_policy_that_is_not_found_for_a_moment_is_not_forgotten():
+    """Its kind may be about to be served anew. Without it all of its orders would be withdrawn."""
+    store = Store(lambda: None)
+    store.put(POLICY, {"metadata": {"namespace": "llm", "name": "qwen", "uid": "u", "resourceVersion": "7"}})
+    (known,) = store.world((), "wattlock").policies
+    kube = FakeKube(errors={"PATCH": KubeError("not found", 404), "GET": KubeError("not found", 404)})
+    status = decide(WORLD, None, Memory(), NOW).write_statuses[0][1]
+    assert not Applier(kube, "wattlock", "me", Metrics(), store, lambda: True).write_status(known, status)
+    assert store.world((), "wattlock").policies == (known,)
 
 
 def body_of(name: str, version: int) -> dict[str, Any]:
