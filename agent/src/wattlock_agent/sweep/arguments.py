@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="'vllm bench serve', or this program's own client; auto takes vLLM's where it is installed",
     )
-    load.add_argument("--tokenizer", help="for vLLM's client, where the model's name does not tell it")
+    load.add_argument("--tokenizer", help="for vLLM's client (default: what the endpoint was started with)")
     load.add_argument(
         "--metrics-url",
         help="the engine's metrics, from which tokens are counted (default: /metrics of --url; where there are none, "

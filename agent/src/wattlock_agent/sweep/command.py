@@ -21,6 +21,7 @@ from wattlock_agent.sweep.endpoint import (
     metrics_url,
     parse_endpoint,
     served_model,
+    served_tokenizer,
 )
 from wattlock_agent.sweep.estimates import Row, Window, summarise
 from wattlock_agent.sweep.findings import choose
@@ -210,7 +211,8 @@ def _prepare(
     load: Load
     tokens: TokenSource
     if metrics and (options.client == "vllm" or (options.client == "auto" and vllm_load.installed())):
-        load = vllm_load.VllmLoad(endpoint, model, options.tokenizer, metrics, seed, directory / "vllm-bench.log")
+        tokenizer = options.tokenizer or served_tokenizer(endpoint, model)
+        load = vllm_load.VllmLoad(endpoint, model, tokenizer, metrics, seed, directory / "vllm-bench.log")
         tokens, client = metrics, "vllm bench serve"
     else:
         own = ClientLoad(endpoint, model, seed)
