@@ -20,7 +20,7 @@ from wattlock_agent.sweep.endpoint import (
     served_model,
     served_tokenizer,
 )
-from wattlock_agent.sweep.load import ClientLoad, LoadError, tokens_in
+from wattlock_agent.sweep.load import ClientLoad, LoadError, prompt_seed, tokens_in
 from wattlock_agent.sweep.plan import Shape, Workload
 
 DECODE = Workload(Shape.DECODE, 3, 50, 4)
@@ -124,6 +124,11 @@ def test_decode_prompts_are_repeated_and_prefill_prompts_never(endpoint):
     assert {len(prompt) for prompt in prompts} == {50}
     # vLLM 0.32.0 answers "Token id 999 is out of vocabulary" where there are 512, inside an answer with status 200.
     assert max(token for body in endpoint.bodies for token in body["prompt"]) < 512
+
+
+def test_no_two_sweeps_send_the_same_prompts():
+    """A second sweep with the same --seed on the same engine would find the first one's prompts in its cache."""
+    assert len({prompt_seed() for _ in range(20)}) == 20
 
 
 def test_an_endpoint_that_refuses_ends_the_load_with_its_words(endpoint, monkeypatch):

@@ -26,7 +26,7 @@ from wattlock_agent.sweep.endpoint import (
 from wattlock_agent.sweep.estimates import Row, Window, summarise
 from wattlock_agent.sweep.findings import choose
 from wattlock_agent.sweep.levers import Levers, PowerLimits, RestoreError, SweepDriver
-from wattlock_agent.sweep.load import ClientLoad, Load, LoadError
+from wattlock_agent.sweep.load import ClientLoad, Load, LoadError, prompt_seed
 from wattlock_agent.sweep.meter import Meter, MeterError
 from wattlock_agent.sweep.nvml_power import NvmlSweepDriver
 from wattlock_agent.sweep.plan import (
@@ -206,7 +206,7 @@ def _prepare(
 ) -> tuple[Load, TokenSource, Run]:
     endpoint = parse_endpoint(options.url)
     model = options.model or served_model(endpoint)
-    seed = sum(options.seed.encode())
+    seed = prompt_seed()
     metrics = _metrics(endpoint, options)
     load: Load
     tokens: TokenSource

@@ -204,6 +204,11 @@ def _body(model: str, workload: Workload, prompt: list[int]) -> bytes:
     ).encode()
 
 
+def prompt_seed() -> int:
+    """Return a seed for the prompts of one sweep: another each time, as an engine may still have those of the last one."""
+    return random.SystemRandom().getrandbits(31)
+
+
 def _prompt(source: random.Random, workload: Workload) -> list[int]:
     tokens = workload.length_tokens + (1 if workload.shape is Shape.DECODE else 0)
     return [source.randint(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(tokens)]
