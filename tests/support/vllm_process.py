@@ -28,6 +28,7 @@ LIMIT_MW = 650_000
 _SIMULATOR = [sys.executable, "-m", "wattlock_simulator", "--log-level", "WARNING"]
 _START_SECONDS = 400.0
 _PAGE_SECONDS = 0.2
+_SLOWEST_SECONDS = 0.1
 
 
 def until(what: str, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
@@ -200,14 +201,17 @@ def watch(process: "subprocess.Popen[str]") -> Swept:
 
 @contextmanager
 def recorded_pages(site: VllmSite) -> Iterator[list[VllmPage]]:
-    """Read vLLM's page all the time, into the list."""
+    """Read vLLM's page all the time, into the list; those that came late are of no known moment, and left out."""
     pages: list[VllmPage] = []
     stop = threading.Event()
 
     def run() -> None:
         while not stop.wait(_PAGE_SECONDS):
+            began = time.monotonic()
             with suppress(OSError):
-                pages.append(site.page())
+                page = site.page()
+                if time.monotonic() - began <= _SLOWEST_SECONDS:
+                    pages.append(page)
 
     thread = threading.Thread(target=run, name="pages")
     thread.start()

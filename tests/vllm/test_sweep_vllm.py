@@ -19,7 +19,7 @@ OUTPUT_TOKENS = 64
 LOAD = ("--concurrency", "4", "--lengths", "512", "--output-tokens", str(OUTPUT_TOKENS))
 POINTS = ("--clocks", "1590", "--power-limits", "500")
 FILES = {"windows.csv", "run.json", "points.csv", "report.md", "pareto.png"}
-#: Of 5 s: both ends of the sweep's window are of a page that may take 0.1 s, and the test's own pages take as long.
+#: Of 8 s: both ends of the sweep's window are of a page that may take 0.16 s, and the test's own pages 0.1 s.
 TOLERANCE = 0.05
 
 
@@ -41,7 +41,7 @@ def test_what_a_sweep_reports_is_what_vllm_counted(site, tmp_path, client):
     out = tmp_path / "out"
     before = len(site.writes())
     with recorded_pages(site) as pages:
-        swept = watch(site.sweep(out, client, *LOAD, *POINTS, "--window-seconds", "5"))
+        swept = watch(site.sweep(out, client, *LOAD, *POINTS, "--window-seconds", "8"))
         time.sleep(1)
     assert swept.status == 0, swept.errors
 
@@ -57,12 +57,13 @@ def test_what_a_sweep_reports_is_what_vllm_counted(site, tmp_path, client):
             f"{generated[0]:.0f} to {generated[1]:.0f}; computed prompt tokens {window.prompt_per_second:.0f}/s, "
             f"vLLM's own {computed[0]:.0f} to {computed[1]:.0f}, of {sent[0]:.0f} to {sent[1]:.0f} sent"
         )
-        check(window.generated_per_second, generated)
         if window.workload.shape is Shape.PREFILL:
+            # No look at generated tokens: after the last window decode begins, and makes them 10 times as quickly.
             check(window.prompt_per_second, computed)
             assert computed[1] > 0.98 * sent[1], "prompts came again"
             assert window.tokens_per_second == window.prompt_per_second
         else:
+            check(window.generated_per_second, generated)
             assert computed[1] < 0.01 * sent[1], "the prefix cache did not have the prompts"
             # One for each request of 64 tokens; prompts of vLLM's client are text, of which a token more may become.
             assert window.prompt_per_second < 0.05 * window.generated_per_second

@@ -205,7 +205,10 @@ def _body(model: str, workload: Workload, prompt: list[int]) -> bytes:
 
 
 def prompt_seed() -> int:
-    """Return a seed for the prompts of one sweep: another each time, as an engine may still have those of the last one."""
+    """Return a seed for the prompts of one sweep: another each time, as engines may have those of the last cached.
+
+    Not ``--seed``, which is of the order of the points.
+    """
     return random.SystemRandom().getrandbits(31)
 
 
