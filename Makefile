@@ -18,7 +18,7 @@ test: setup ## Run all tests; starts the clusters it needs and leaves nothing be
 
 .PHONY: test-vllm
 test-vllm: export WATTLOCK_KIND_MODE = no
-test-vllm: setup ## Run a real vLLM, prefill and decode, on the local cluster (downloads 2.6 GB the first time; not part of "test")
+test-vllm: setup ## Sweep a real vLLM, then run one, prefill and decode, on the local cluster (downloads 2.6 GB the first time; not part of "test")
 	@dev/test vllm
 
 # --- set-up ---------------------------------------------------------------------------------------------------------

@@ -29,16 +29,19 @@ OUTPUT_TOKENS = 64
 _TIMEOUT_SECONDS = 60.0
 
 
+def installed() -> str:
+    """Return the folder that vLLM is installed in."""
+    command = [ROOT / "dev/vllm/install", "--path"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+
+
 def deployment(role: str) -> dict[str, Any]:
     """Return the Deployment of a role, as dev/vllm has it."""
     text = (ROOT / "dev/vllm/deployment.yaml").read_text()
-    installed = subprocess.run(
-        [ROOT / "dev/vllm/install", "--path"], capture_output=True, text=True, timeout=60, check=True
-    ).stdout.strip()
     values = {
         "@ROLE@": role,
         "@KV_ROLE@": {"prefill": "kv_producer", "decode": "kv_consumer"}[role],
-        "@VLLM@": installed,
+        "@VLLM@": installed(),
         # Beside the cluster's state, so that it goes with the cluster.
         "@KV@": str(Path(os.environ["KUBECONFIG"]).resolve().parent / "kv"),
     }
@@ -55,6 +58,8 @@ class VllmPage:
     unix_seconds: float
     """Middle of the time that reading took."""
     generated_tokens: float
+    prompt_tokens: float
+    """All prompt tokens, whoever computed them."""
     computed_tokens: float
     """Prompt tokens that it computed itself."""
     transferred_tokens: float
@@ -67,10 +72,10 @@ class VllmPage:
 _SERIES = re.compile(r"^(vllm:[a-z_]+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 
 
-def read_page(address: str) -> VllmPage:
-    """Read and parse a pod's page, by other means than the agent's."""
+def read_page(address: str, port: int = PORT) -> VllmPage:
+    """Read and parse the page of a pod or process, by other means than the agent's."""
     started = time.time()
-    with urllib.request.urlopen(f"http://{address}:{PORT}/metrics", timeout=_TIMEOUT_SECONDS) as answer:
+    with urllib.request.urlopen(f"http://{address}:{port}/metrics", timeout=_TIMEOUT_SECONDS) as answer:
         text = answer.read().decode()
     at = (started + time.time()) / 2
 
@@ -82,6 +87,7 @@ def read_page(address: str) -> VllmPage:
     return VllmPage(
         unix_seconds=at,
         generated_tokens=total("vllm:generation_tokens_total"),
+        prompt_tokens=total("vllm:prompt_tokens_total"),
         computed_tokens=total("vllm:prompt_tokens_by_source_total", 'source="local_compute"'),
         transferred_tokens=total("vllm:prompt_tokens_by_source_total", 'source="external_kv_transfer"'),
         latency_sum_seconds=total("vllm:inter_token_latency_seconds_sum"),

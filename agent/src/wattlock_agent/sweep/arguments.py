@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--stock-every", type=_number, default=4, help="points between two stock points (default: 4)")
     what.add_argument("--window-seconds", type=_seconds, default=20.0, help="length of a measurement (default: 20)")
     what.add_argument("--settle-seconds", type=_seconds, default=5.0, help="wait after a change (default: 5)")
-    what.add_argument("--seed", default="wattlock", help="of the order of the points and of the prompts")
+    what.add_argument("--seed", default="wattlock", help="of the order of the points")
     load = parser.add_argument_group("the load")
     load.add_argument("--model", help="name of the model (default: the first one that the endpoint serves)")
     load.add_argument(
@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="'vllm bench serve', or this program's own client; auto takes vLLM's where it is installed",
     )
-    load.add_argument("--tokenizer", help="for vLLM's client, where the model's name does not tell it")
+    load.add_argument("--tokenizer", help="for vLLM's client (default: what the endpoint was started with)")
     load.add_argument(
         "--metrics-url",
         help="the engine's metrics, from which tokens are counted (default: /metrics of --url; where there are none, "

@@ -21,11 +21,12 @@ from wattlock_agent.sweep.endpoint import (
     metrics_url,
     parse_endpoint,
     served_model,
+    served_tokenizer,
 )
 from wattlock_agent.sweep.estimates import Row, Window, summarise
 from wattlock_agent.sweep.findings import choose
 from wattlock_agent.sweep.levers import Levers, PowerLimits, RestoreError, SweepDriver
-from wattlock_agent.sweep.load import ClientLoad, Load, LoadError
+from wattlock_agent.sweep.load import ClientLoad, Load, LoadError, prompt_seed
 from wattlock_agent.sweep.meter import Meter, MeterError
 from wattlock_agent.sweep.nvml_power import NvmlSweepDriver
 from wattlock_agent.sweep.plan import (
@@ -205,12 +206,13 @@ def _prepare(
 ) -> tuple[Load, TokenSource, Run]:
     endpoint = parse_endpoint(options.url)
     model = options.model or served_model(endpoint)
-    seed = sum(options.seed.encode())
+    seed = prompt_seed()
     metrics = _metrics(endpoint, options)
     load: Load
     tokens: TokenSource
     if metrics and (options.client == "vllm" or (options.client == "auto" and vllm_load.installed())):
-        load = vllm_load.VllmLoad(endpoint, model, options.tokenizer, metrics, seed, directory / "vllm-bench.log")
+        tokenizer = options.tokenizer or served_tokenizer(endpoint, model)
+        load = vllm_load.VllmLoad(endpoint, model, tokenizer, metrics, seed, directory / "vllm-bench.log")
         tokens, client = metrics, "vllm bench serve"
     else:
         own = ClientLoad(endpoint, model, seed)

@@ -7,6 +7,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -81,6 +82,34 @@ def served_model(endpoint: Endpoint) -> str:
     Raises:
         EndpointError: it does not tell.
     """
+    try:
+        return str(_models(endpoint)[0]["id"])
+    except (LookupError, TypeError):
+        raise EndpointError(f"{endpoint.url}/v1/models: no list of models in the answer; give --model") from None
+
+
+def served_tokenizer(endpoint: Endpoint, model: str) -> str | None:
+    """Ask where the files of a model come from, its tokenizer among them.
+
+    vLLM tells what it was started with as ``root`` of the model, a name of the hub or a folder. With
+    ``--served-model-name`` the model's own name is neither. A folder may be on another machine or in a container.
+
+    Returns:
+        a name or a folder of this machine; ``None`` where the model's name must do.
+    """
+    try:
+        (root,) = {str(each["root"]) for each in _models(endpoint) if each["id"] == model}
+    except (EndpointError, ValueError, LookupError, TypeError):
+        return None
+    return root if not Path(root).is_absolute() or Path(root).is_dir() else None
+
+
+def _models(endpoint: Endpoint) -> Any:
+    """Return the list of models, of whatever form.
+
+    Raises:
+        EndpointError: no answer, or no list in it.
+    """
     url = f"{endpoint.url}/v1/models"
     connection = endpoint.connect(_CONNECT_SECONDS)
     try:
@@ -89,17 +118,13 @@ def served_model(endpoint: Endpoint) -> str:
         body = response.read(_MAX_ANSWER_BYTES)
         if response.status != http.HTTPStatus.OK:
             raise EndpointError(f"{url}: HTTP {response.status}; is it an OpenAI-compatible endpoint?")
-        return _first_model(json.loads(body))
+        return json.loads(body)["data"]
     except (OSError, http.client.HTTPException) as error:
         raise EndpointError(f"{url}: {error}; check that the engine runs and listens there") from None
     except (ValueError, RecursionError, LookupError, TypeError):
         raise EndpointError(f"{url}: no list of models in the answer; give --model") from None
     finally:
         connection.close()
-
-
-def _first_model(document: Any) -> str:
-    return str(document["data"][0]["id"])
 
 
 @dataclass(frozen=True)
@@ -154,15 +179,6 @@ class MetricsTokens:
         prompt = page.prompt_tokens if page.computed_prompt_tokens is None else page.computed_prompt_tokens
         at_seconds = before_seconds + took_seconds / 2
         return Tokens(at_seconds, page.generated_tokens or 0.0, prompt or 0.0, took_seconds)
-
-    def running(self) -> float:
-        """Return how many requests run; infinity where the page does not tell.
-
-        Raises:
-            EndpointError: as ``page``.
-        """
-        running = self.page().running_requests
-        return float("inf") if running is None else running
 
 
 def metrics_url(endpoint: Endpoint, given: str | None) -> str:

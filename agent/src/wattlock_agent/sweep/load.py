@@ -21,8 +21,8 @@ _FAILURES = 3
 _READ_BYTES = 64 * 1024
 _MAX_LINE_BYTES = 1 << 20
 _JOIN_SECONDS = 10.0
-# Token numbers that every vocabulary has and that are no special tokens.
-_FIRST_TOKEN, _LAST_TOKEN = 300, 999
+# Token numbers that the smallest vocabularies have too (vLLM refuses others) and that are no special tokens.
+_FIRST_TOKEN, _LAST_TOKEN = 300, 499
 
 
 class LoadError(Exception):
@@ -50,6 +50,9 @@ class ClientLoad:
 
     Prompts are lists of token numbers, so their length is exact without a tokenizer. A decode request sends the same
     prompt again and again, which engines with a prefix cache compute once; a prefill request never sends one twice.
+
+    A prompt of decode has one token more than was asked for. Engines cache whole blocks (vLLM: 16 tokens, on CPU 128)
+    and compute one token at least: of a prompt that ends with a block they compute that block again each time.
     """
 
     def __init__(self, endpoint: Endpoint, model: str, seed: int) -> None:
@@ -110,7 +113,7 @@ class ClientLoad:
 
     def _slot(self, slot: int, workload: Workload, seed: int, stop: threading.Event) -> None:
         own = random.Random(seed)  # noqa: S311 - prompts, not secrets
-        prompt = _prompt(own, workload.length_tokens)
+        prompt = _prompt(own, workload)
         failures = 0
         while not stop.is_set():
             try:
@@ -124,7 +127,7 @@ class ClientLoad:
                     return
                 stop.wait(_RETRY_SECONDS)
             if workload.shape is Shape.PREFILL:
-                prompt = _prompt(own, workload.length_tokens)
+                prompt = _prompt(own, workload)
 
     def _request(self, slot: int, workload: Workload, prompt: list[int], stop: threading.Event) -> None:
         connection = self._endpoint.connect(SILENCE_SECONDS)
@@ -136,14 +139,14 @@ class ClientLoad:
             if response.status != http.HTTPStatus.OK:
                 answer = response.read(500).decode(errors="replace").strip()
                 raise EndpointError(
-                    f"HTTP {response.status} for {workload.length_tokens} prompt and {workload.output_tokens} output "
+                    f"HTTP {response.status} for {len(prompt)} prompt and {workload.output_tokens} output "
                     f"tokens: {answer}"
                 )
-            self._stream(slot, workload, response, stop)
+            self._stream(slot, len(prompt), response, stop)
         finally:
             connection.close()
 
-    def _stream(self, slot: int, workload: Workload, response: http.client.HTTPResponse, stop: threading.Event) -> None:
+    def _stream(self, slot: int, prompt_tokens: int, response: http.client.HTTPResponse, stop: threading.Event) -> None:
         deadline = time.monotonic() + REQUEST_SECONDS
         pending = b""
         seen = 0
@@ -160,7 +163,7 @@ class ClientLoad:
                         self._generated += tokens - seen
                         if seen == 0:
                             self._begun.add(slot)
-                            self._prompt += workload.length_tokens
+                            self._prompt += prompt_tokens
                     seen = tokens
         if seen == 0 and not stop.is_set():
             raise EndpointError("an answer without tokens; does the endpoint stream (server-sent events)?")
@@ -201,5 +204,14 @@ def _body(model: str, workload: Workload, prompt: list[int]) -> bytes:
     ).encode()
 
 
-def _prompt(source: random.Random, length_tokens: int) -> list[int]:
-    return [source.randint(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(length_tokens)]
+def prompt_seed() -> int:
+    """Return a seed for the prompts of one sweep: another each time, as engines may have those of the last cached.
+
+    Not ``--seed``, which is of the order of the points.
+    """
+    return random.SystemRandom().getrandbits(31)
+
+
+def _prompt(source: random.Random, workload: Workload) -> list[int]:
+    tokens = workload.length_tokens + (1 if workload.shape is Shape.DECODE else 0)
+    return [source.randint(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(tokens)]
