@@ -63,7 +63,8 @@ def test_whatever_others_place_there_is_one_agent_on_a_node_and_it_may_cap(site,
     assert "runtimeClassName" not in made["spec"]["template"]["spec"]
     for node in (labelled, special):
         eventually(lambda node=node: agents_of(site, node) == [made["metadata"]["labels"][PLACEMENT_LABEL]])
-    assert site.condition("Conflict", "narrow")[:2] == ("True", "PlacementOverlap")
+    # Told after the DaemonSet was written.
+    eventually(lambda: site.condition("Conflict", "narrow")[:2] == ("True", "PlacementOverlap"))
     assert f"{site.namespace}/qwen" in site.condition("Conflict", "narrow")[2]
     assert site.condition("Conflict")[:2] == ("False", "NoConflict")
     # One that can meet none of them has agents of its own: only after the broad one is gone.
