@@ -16,9 +16,11 @@ from kubectl_tool import Kubectl
 
 ROOT = Path(__file__).parents[1]
 
-# No example is judged by how long it takes: a busy machine must not make a property fail.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+# The same examples every time, so that what fails was changed; "make fuzz" looks for others. No example is judged by how
+# long it takes: a busy machine must not make a property fail.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("same")
 
 #: Clusters that the tests may write to. They create and delete things at will, so anything else is refused.
 TEST_SERVERS = ("https://10.250.0.1:6443", "https://127.0.0.1:")

@@ -39,13 +39,13 @@ def page(at_seconds, running=0.0, waiting=0.0, generated=100.0):
 )
 def test_the_lower_cap_is_never_on_while_a_page_shows_a_request(steps):
     stillness, now, generated = Stillness(), 0.0, 100.0
-    pages: list[tuple[float, bool]] = []
+    pages: list[tuple[float, bool | None]] = []  # asked at, without work; None: there was no page to compare with
     for seconds, kind, delay in steps:
         now += seconds
         asked = now - min(delay, seconds)
         if kind in ("failure", "restart"):
             stillness = idle.broken(stillness)
-            pages.append((asked, False))
+            pages.append((asked, None))
         else:
             generated += kind == "tokens"
             gauges = {"running": (1.0, 0.0), "waiting": (0.0, 1.0), "dumb": (0.0, None)}.get(kind, (0.0, 0.0))

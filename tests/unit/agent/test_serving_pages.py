@@ -256,7 +256,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=200)
+@settings(max_examples=300)
 @given(st.one_of(st.binary(max_size=400), st.lists(PIECES, max_size=60).map(b"".join)))
 def test_any_bytes_give_counters_or_a_failure(page: bytes) -> None:
     result = parse_page(page, 1.0)
