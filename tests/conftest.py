@@ -16,8 +16,8 @@ from kubectl_tool import Kubectl
 
 ROOT = Path(__file__).parents[1]
 
-# The same examples every time, so that what fails was changed; "make fuzz" looks for others. No example is judged by how
-# long it takes: a busy machine must not make a property fail.
+# The same examples every time, so that what fails was changed; "make fuzz" looks for others. No example is judged by
+# how long it takes: a busy machine must not make a property fail.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")

@@ -100,7 +100,7 @@ HANDS = st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.integers(1
 
 
 # The fixtures are functions: nothing of one example is left for the next.
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(HANDS, st.integers(50, 700))
 def test_no_joule_is_billed_twice_and_none_is_lost_while_the_holder_is_known(make_node, make_order, hands, watts):
     node = make_node(gpus=1)

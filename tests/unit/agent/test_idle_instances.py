@@ -26,7 +26,7 @@ def page(at_seconds, running=0.0, waiting=0.0, generated=100.0):
 # --- stillness -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(

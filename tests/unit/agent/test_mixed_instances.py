@@ -23,7 +23,7 @@ def shown(share, at_seconds, computed, generated):
 # --- the share itself ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(

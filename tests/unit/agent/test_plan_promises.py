@@ -169,7 +169,7 @@ def may_be_locked(world, gpu):
     return any(clock <= order.cap_mhz for clock in gpu.identity.supported_clocks_mhz)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(worlds())
 def test_locks_only_what_was_chosen_and_only_as_far(world):
     decisions = plan(world)
@@ -190,7 +190,7 @@ def test_locks_only_what_was_chosen_and_only_as_far(world):
         assert not decision.in_force or may_be_locked(world, gpu)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(worlds())
 def test_undoes_every_lock_that_is_not_wanted_and_no_other(world):
     decisions = plan(world)
@@ -211,7 +211,7 @@ def test_undoes_every_lock_that_is_not_wanted_and_no_other(world):
             assert isinstance(decision.action, Release)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(worlds())
 def test_the_cap_of_idle_instances_stands_only_while_they_are_idle(world):
     """Whatever else is the case: what wants to wake up waits for no order, no kubelet and no write interval."""
@@ -242,7 +242,7 @@ def snapped(mhz):
     return max(clock for clock in CLOCKS if clock <= mhz)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(worlds())
 def test_gpus_of_an_instance_act_alike(world):
     decisions = plan(world)
@@ -268,7 +268,7 @@ def test_gpus_of_an_instance_act_alike(world):
         assert len(set(locking)) <= 1
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(worlds())
 def test_a_stale_or_stopping_agent_holds_nothing(world):
     for changed in (replace(world, stale="silent"), replace(world, stopping=True)):
@@ -277,7 +277,7 @@ def test_a_stale_or_stopping_agent_holds_nothing(world):
             assert decision.reason not in (Reason.LOCKED, Reason.IDLE)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(worlds())
 def test_every_decision_explains_itself(world):
     for decision in plan(world).values():

@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from wattlock_agent.sweep.estimates import Window, change, summarise
 from wattlock_agent.sweep.findings import (
@@ -86,7 +86,6 @@ def test_a_point_without_stock_on_both_sides_has_no_change():
     assert row_of(summarise([window(STOCK, 0), window(CAP, 1)]), CAP).energy is None
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-0.5, 0.5), min_size=2, max_size=40))
 def test_a_change_lies_in_its_interval(logarithms):
     found = change(logarithms)
@@ -120,7 +119,6 @@ def test_the_front_holds_what_nothing_beats_and_noise_puts_nothing_onto_it():
     assert [str(row.setting) for row in front(summarise(windows))] == ["clock 780 MHz", "clock 1590 MHz"]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(1, 2), st.floats(1, 2)), min_size=1, max_size=15))
 def test_the_front_is_never_empty_and_each_point_beside_it_is_beaten(points):
     points_of = [Setting(Lever.CLOCK, 100 + number) for number in range(len(points))]

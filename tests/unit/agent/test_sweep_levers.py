@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from wattlock_agent.gpu.base import GpuError, GpuFault, GpuIdentity
 from wattlock_agent.journal import JournalError, LockRecord
@@ -187,7 +187,6 @@ def test_a_reset_that_is_killed_itself_can_be_run_again():
         assert_untouched(world)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(ORDER), max_size=12), st.sampled_from(["lock", "limit", "add", "keep", "remove", "reset"])
 )

@@ -8,7 +8,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from wattlock_agent.serving.base import ScrapeFailure, no_tokens
 from wattlock_agent.sweep import load as load_module
@@ -227,7 +227,6 @@ def test_the_tokenizer_is_what_the_endpoint_was_started_with(endpoint, tmp_path)
             served_model(there)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=80), st.integers(0, 5))
 def test_no_line_lowers_the_count(line, seen):
     with suppress(ValueError, RecursionError):

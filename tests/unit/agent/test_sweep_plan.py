@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from wattlock_agent.sweep.plan import (
     STOCK,
@@ -27,7 +27,6 @@ def test_the_clocks_of_an_h200_unless_told_otherwise():
     assert clock_points(CLOCKS, None) == (1830, 1710, 1590, 1395, 1200, 990, 780)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(345, 3000), max_size=20))
 def test_every_clock_is_one_that_the_gpu_supports_and_none_is_above_what_was_asked_for(wanted):
     points = clock_points(CLOCKS, wanted)
@@ -53,7 +52,6 @@ def test_power_limits_are_below_the_one_that_was_found_which_is_stock():
     assert power_points(200, 700, []) == ()
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(POINTS), unique=True), st.integers(1, 6), st.integers(1, 5), st.text(max_size=5))
 def test_every_point_comes_as_often_as_asked_with_stock_before_and_after(points, repeats, stock_every, seed):
     order = interleaved(points, repeats, stock_every, seed)

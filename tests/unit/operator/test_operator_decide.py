@@ -101,7 +101,7 @@ def carried_out(before: World, decision: Decision) -> World:
     return dataclasses.replace(before, node_energies=entries, policies=tuple(after))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(worlds())
 def test_a_cap_needs_every_condition_for_it(somewhere):
     decision = decide(somewhere, TEMPLATE, Memory(), NOW)
@@ -132,7 +132,7 @@ def test_a_cap_needs_every_condition_for_it(somewhere):
                 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(worlds())
 def test_a_decision_that_was_carried_out_leaves_nothing_to_do(somewhere):
     decision = decide(somewhere, None, Memory(), NOW)
@@ -144,7 +144,7 @@ def test_a_decision_that_was_carried_out_leaves_nothing_to_do(somewhere):
     assert not again.write_statuses, "at most one write of a status in a second"
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(worlds())
 def test_statuses_are_what_the_schema_allows_and_survive_the_way_through_it(somewhere):
     for status in decide(somewhere, TEMPLATE, Memory(), NOW).statuses.values():
@@ -155,14 +155,14 @@ def test_statuses_are_what_the_schema_allows_and_survive_the_way_through_it(some
             assert condition.message
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(worlds())
 def test_orders_survive_the_way_through_the_api(somewhere):
     for orders in decide(somewhere, TEMPLATE, Memory(), NOW).write_orders.values():
         assert tuple(NodeEnergySpec.model_validate({"orders": [order.to_api() for order in orders]}).orders) == orders
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(worlds())
 def test_no_policy_goes_while_a_reachable_node_reports_its_lock(somewhere):
     decision = decide(somewhere, TEMPLATE, Memory(), NOW)

@@ -209,7 +209,7 @@ def test_shares_are_rounded_up(step, total, count):
     assert instances_of_step(step, total) == count
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_whatever_happens_no_instance_is_at_a_clock_that_nobody_chose_and_a_breach_is_never_ignored(data):
     """Any instance is at the target, at the clock of before, or released; restarts lose nothing, since only the status

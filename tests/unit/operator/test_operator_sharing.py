@@ -132,7 +132,7 @@ nodes = st.tuples(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(policy_lists, st.lists(nodes, min_size=1, max_size=8))
 def test_one_agent_on_a_node_and_every_right_that_its_policies_need(policies, some_nodes):
     made = made_for(policies)
@@ -151,7 +151,7 @@ def test_one_agent_on_a_node_and_every_right_that_its_policies_need(policies, so
         assert not any(map(may_write, made))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(policy_lists, st.randoms(use_true_random=False))
 def test_the_order_in_which_policies_are_listed_changes_nothing(policies, chance: random.Random):
     shuffled = policies[:]
@@ -160,7 +160,7 @@ def test_the_order_in_which_policies_are_listed_changes_nothing(policies, chance
     assert refusals(shuffled, ()) == refusals(policies, ())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(policy_lists, st.lists(placements, min_size=1, max_size=2))
 def test_a_refused_policy_has_no_part_in_any_daemonset(policies, allowed):
     refused = refusals(policies, tuple(allowed))

@@ -229,7 +229,7 @@ def odd_look(chance: random.Random, caps: list[int], supported: tuple[int, ...],
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2**32))
 @example(1186)  # pairs of an earlier arm come late and show that it was too slow
 def test_whatever_is_reported_the_tuner_stays_within_what_it_may_do(seed):

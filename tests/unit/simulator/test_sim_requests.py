@@ -5,7 +5,7 @@ import json
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from wattlock_simulator import physics, state
 from wattlock_simulator.physics import Architecture, Phase, Product, Workload
@@ -123,7 +123,6 @@ def test_a_restart_ends_all_requests():
     assert (engine.waiting, engine.workload, engine.counters.prompt_tokens) == (0, None, 0)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(

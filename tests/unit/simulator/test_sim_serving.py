@@ -206,7 +206,7 @@ def test_a_page_with_nan_parses_and_backwards_goes_backwards_without_a_new_birth
     assert first["vllm:generation_tokens_created",] == second["vllm:generation_tokens_created",]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 1)), max_size=30), st.sampled_from(Role))
 def test_counters_never_fall_and_histograms_stay_consistent(work, role):
     engine = Engine(Settings(role, Architecture.GQA), seed=0, now_seconds=0.0)
