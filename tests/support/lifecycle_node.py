@@ -261,7 +261,7 @@ class Process:
         if self._asked is not None:  # what the kubelet said a pass ago
             self.agent.handle(self._asked, clock)
             self._asked = None
-        for key, url in self.agent.scrapes_wanted(clock):
+        for key, url in self.agent.roster.scrapes_wanted(clock):
             self.agent.handle(ScrapeDone(key, url, self._page(key.instance), 0.01), clock)
         self._pass()
         for _ in range(3):

@@ -5,13 +5,11 @@ No threads, no clock and no network here: events and times come in as values, GP
 """
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from wattlock_api.base import decimal_string
 from wattlock_api.constants import STALE_ORDERS_SECONDS, ConflictPolicy, GpuState, Mode, Reason
 from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
 
@@ -23,12 +21,13 @@ from wattlock_agent.driver_session import MAX_TRANSIENT, Scan
 from wattlock_agent.events import Event, HoldersSeen, ScrapeDone, ThreadFailed
 from wattlock_agent.foreign import ForeignLocks
 from wattlock_agent.gpu.base import GpuFault
-from wattlock_agent.holding import Holdings, last_words
+from wattlock_agent.holding import Holdings
 from wattlock_agent.idle import Wake
 from wattlock_agent.instance import InstanceTrack
 from wattlock_agent.journal import Journal, NoJournal
 from wattlock_agent.orders import InstanceKey, Orders, key_of
 from wattlock_agent.plan import orders_without_gpu, plan
+from wattlock_agent.roster import Roster
 from wattlock_agent.staleness import Freshness, api_answered, lease_read, why_stale
 from wattlock_agent.track import GpuTrack, busy_percent
 from wattlock_agent.verify import LOSSES_SECONDS, Finding, LockWatch, backoff_seconds
@@ -41,9 +40,6 @@ HOLDERS_SECONDS = 5.0
 HOLDERS_MAX_AGE_SECONDS = 30.0
 #: Before a lock is written the kubelet is asked anew, if its answer is older than this.
 HOLDERS_FRESH_SECONDS = 2.0
-_MAX_PARTED = 64
-#: Instances without orders are reported for so long: three reports, so that the operator sees their last joules.
-PARTED_SECONDS = 60.0
 #: At the start: how long records wait for orders and holders before their GPUs are reset.
 START_SECONDS = 30.0
 #: A tick on new orders uses readings that are at most so old.
@@ -68,14 +64,6 @@ class Outlook:
     pods_without_gpu: Mapping[str, Refusal]
     settled_generation: int
     """Generation whose orders are all in force or refused with a reason."""
-
-
-@dataclass(frozen=True)
-class Parted:
-    """An instance without orders, which may come back after its pod was replaced."""
-
-    status: InstanceStatus
-    since_seconds: float
 
 
 class Agent:
@@ -103,7 +91,6 @@ class Agent:
         self._holders_pending = False
         self._lock_waits = False
         self._journal_damage = ""
-        self._parted: dict[InstanceKey, Parted] = {}
         self._holdings = Holdings()
         self._foreign = ForeignLocks()
         self._journal_known = False
@@ -117,13 +104,23 @@ class Agent:
         self.stopping = False
         self.wakes: list[Wake] = []
         """Of the last pass."""
-        self.instances: dict[InstanceKey, InstanceTrack] = {}
+        self.roster = Roster()
         self.outlook: Outlook | None = None
 
     @property
     def tracks(self) -> dict[str, GpuTrack]:
         """What is known of each GPU for its present holder, by UUID."""
         return self._holdings.tracks
+
+    @property
+    def instances(self) -> dict[InstanceKey, InstanceTrack]:
+        """What is known of each instance that has orders."""
+        return self.roster.tracks
+
+    @property
+    def parted(self) -> list[InstanceStatus]:
+        """Instances whose orders went away lately: their last joules are still to be told."""
+        return self.roster.parted(self.outlook.clock.now_seconds if self.outlook else 0.0)
 
     def handle(self, event: Event, clock: Clock) -> bool:
         """Take in an event; returns whether the next pass should come at once."""
@@ -170,32 +167,13 @@ class Agent:
         self._holders_pending, self._holders_asked_seconds = True, clock.now_seconds
         return True
 
-    def scrapes_wanted(self, clock: Clock) -> list[tuple[InstanceKey, str]]:
-        """Return the metrics pages that are to be read now; the caller then reads them."""
-        return [
-            (key, url) for key, instance in self.instances.items() if (url := instance.scrape_wanted(clock)) is not None
-        ]
-
-    def seconds_to_next_scrape(self, clock: Clock) -> float:
-        """Return how long it is until a metrics page is due (at least 0)."""
-        return min((instance.seconds_to_scrape(clock) for instance in self.instances.values()), default=60.0)
-
-    def seconds_to_late_page(self, clock: Clock) -> float:
-        """Return how long it is until the cap of an idle instance must go because its page is too old (at least 0)."""
-        pages = (instance.idle.seconds_to_late_page(clock.now_seconds) for instance in self.instances.values())
-        return min(pages, default=math.inf)
-
     def tick(self, clock: Clock) -> None:
         """Read, plan, write, and note what came of it.
 
         Raises:
             DriverMismatchError: library and driver differ.
         """
-        waking = {
-            key
-            for key, instance in self.instances.items()
-            if instance.idle.wanted and not instance.is_idle(clock.now_seconds)
-        }
+        waking = self.roster.waking(clock.now_seconds)
         # Somebody waits for the first token: eight GPUs take a tenth of a second to read, and can be read afterwards.
         if not waking and clock.now_seconds - self._scanned_at_seconds >= SCAN_SECONDS:
             self._read(clock)
@@ -212,13 +190,13 @@ class Agent:
             # In the pass that reports holder and numbers together.
             if (reading := self._scan.readings.get(uuid)) is not None:
                 self._holdings.follow(reading, decision.order, self.previous_gpu(uuid))
-        self._note(clock, decisions)
+        self.roster.ticked(clock, decisions.values(), self.tracks)
         if self._orders is not None and self._is_settled(world, decisions):
             self._settled_generation = self._orders.generation
         self.outlook = Outlook(clock, self._scan, world, decisions, without_gpu, self._settled_generation)
 
     def _note_wakes(
-        self, waking: set[InstanceKey], idle_before: set[str], world: World, decisions: Mapping[str, Decision]
+        self, waking: frozenset[InstanceKey], idle_before: set[str], world: World, decisions: Mapping[str, Decision]
     ) -> None:
         """Note the instances whose lower cap this pass has undone, from all of their GPUs."""
         still = {gpu.identity.uuid for gpu in world.gpus if gpu.lock is not None and gpu.lock.idle}
@@ -240,11 +218,6 @@ class Agent:
         """Return what an earlier agent reported about a GPU."""
         return next((gpu for gpu in self._before.gpus if gpu.uuid == uuid), None) if self._before else None
 
-    def _previous_instance(self, key: InstanceKey) -> InstanceStatus | None:
-        if key in self._parted:
-            return self._parted.pop(key).status
-        return next((each for each in self._before.instances if each.key == key.text), None) if self._before else None
-
     def _new_orders(self, event: kube.OrdersSeen, clock: Clock) -> bool:
         self._freshness = api_answered(self._freshness, clock.now_seconds)
         if event.status is not None and self._before is None:
@@ -258,23 +231,9 @@ class Agent:
         self._orders_at_seconds = clock.now_seconds
         self._holders_asked_seconds = float("-inf")
         self.actuator.orders_changed(event.orders.orders)
-        self._follow_instances(event.orders, clock)
+        earlier = {each.key: each for each in self._before.instances} if self._before else {}
+        self.roster.follow(event.orders.orders, earlier, clock)
         return True
-
-    def _follow_instances(self, orders: Orders, clock: Clock) -> None:
-        """Keep one track for each instance that has orders."""
-        by_instance: dict[InstanceKey, list[Order]] = defaultdict(list)
-        for order in orders.orders:
-            by_instance[key_of(order)].append(order)
-        for key in self.instances.keys() - by_instance.keys():
-            # It may come back, after a pod was replaced: its statistics go on then.
-            self._parted[key] = Parted(self.instances.pop(key).status(clock.now_seconds, None), clock.now_seconds)
-            while len(self._parted) > _MAX_PARTED:
-                del self._parted[next(iter(self._parted))]
-        for key, group in by_instance.items():
-            if key not in self.instances:
-                self.instances[key] = InstanceTrack(key, self._previous_instance(key), clock)
-            self.instances[key].follow(group, clock)
 
     def _new_holders(self, event: HoldersSeen, clock: Clock) -> bool:
         self._holders_pending = False
@@ -302,12 +261,8 @@ class Agent:
             holders=self._holders.holders if holders_age_seconds <= HOLDERS_MAX_AGE_SECONDS else None,
             holders_problem=self._holders.problem,
             gpus=tuple(self._view(gpu.uuid, now_seconds) for gpu in self._scan.gpus),
-            holds={
-                key: hold
-                for key, instance in self.instances.items()
-                if (hold := instance.hold(now_seconds)) is not None
-            },
-            idle=frozenset(key for key, instance in self.instances.items() if instance.is_idle(now_seconds)),
+            holds=self.roster.holds(now_seconds),
+            idle=self.roster.idle(now_seconds),
             journal_problem=self.actuator.journal_problem(now_seconds),
             journal_damage=self._journal_damage,
             other_agent=self._other_agent,
@@ -354,24 +309,6 @@ class Agent:
                     if gpu.uuid in self.tracks:  # it comes back with a reset, if at all
                         self.tracks[gpu.uuid].interrupt()
 
-    @property
-    def parted(self) -> list[InstanceStatus]:
-        """Instances whose orders went away lately: their last joules are still to be told."""
-        now_seconds = self.outlook.clock.now_seconds if self.outlook else 0.0
-        return [
-            last_words(each.status)
-            for each in self._parted.values()
-            if now_seconds - each.since_seconds <= PARTED_SECONDS and each.status.energy_joules is not None
-        ]
-
-    def _credit(self, key: InstanceKey | None, joules: float) -> None:
-        if key in self.instances:
-            self.instances[key].credit(joules)
-        elif key in self._parted and joules > 0:
-            parted = self._parted[key]
-            total = decimal_string(float(parted.status.energy_joules or 0) + joules, 1)
-            self._parted[key] = replace(parted, status=parted.status.model_copy(update={"energy_joules": total}))
-
     def _track(self, uuid: str, clock: Clock) -> None:
         """Add the reading to what is known of the GPU, and act on what it says about our lock."""
         decision = self.outlook.decisions.get(uuid) if self.outlook else None
@@ -388,7 +325,7 @@ class Agent:
         step = step_mhz(view.identity.supported_clocks_mhz, cap_mhz) if cap_mhz is not None else 1
         idle = view.lock is not None and view.lock.idle
         track, read = self.tracks[uuid], self._holdings.add(reading, cap_mhz, step, age_seconds, idle)
-        self._credit(read.owner, read.joules)
+        self.roster.credit(read.owner, read.joules)
         if read.restarted and cap_mhz is not None:
             _log.warning("gpu=%s counters went back: driver reload or GPU reset, locking again", uuid)
             self.actuator.lock_lost(uuid, clock.now_seconds)
@@ -418,17 +355,6 @@ class Agent:
         _log.error("gpu=%s %s", uuid, text)
         track.watch = LockWatch()
         self.actuator.give_up(uuid, order, text)
-
-    def _note(self, clock: Clock, decisions: Mapping[str, Decision]) -> None:
-        """Tell each instance how its GPUs stand."""
-        by_instance: dict[InstanceKey, list[Decision]] = defaultdict(list)
-        for decision in decisions.values():
-            if decision.order is not None:
-                by_instance[key_of(decision.order)].append(decision)
-        for key, instance in self.instances.items():
-            mine = by_instance[key]
-            tracks = {each.uuid: self.tracks[each.uuid] for each in mine if each.uuid in self.tracks}
-            instance.ticked(clock, mine, tracks)
 
     def _is_settled(self, world: World, decisions: Mapping[str, Decision]) -> bool:
         """Whether nothing is left to do for the present orders; needs the kubelet's word from after they came."""

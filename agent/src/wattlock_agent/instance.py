@@ -1,7 +1,6 @@
 """One serving instance on this node: its scrapes, its work, its experiment, and what holds it released. Pure."""
 
 import logging
-from collections import deque
 from collections.abc import Mapping, Sequence
 
 from wattlock_api.base import decimal_string
@@ -11,10 +10,10 @@ from wattlock_api.peerpower import PeerPowers
 
 from wattlock_agent import evidence, guardrail, idle, prefill
 from wattlock_agent.clock import Clock
-from wattlock_agent.experiment import SCRAPE_SECONDS, Sample, Switchback
+from wattlock_agent.experiment import SCRAPE_SECONDS, Switchback
 from wattlock_agent.orders import InstanceKey
-from wattlock_agent.rates import Scrape, token_energy, work_rates
-from wattlock_agent.serving.base import ScrapeFailure, ServingCounters, is_restart, no_tokens
+from wattlock_agent.pagelog import PageLog
+from wattlock_agent.serving.base import ScrapeFailure, ServingCounters, is_restart
 from wattlock_agent.span import Span
 from wattlock_agent.track import GpuTrack
 from wattlock_agent.world import Decision, Refusal
@@ -23,8 +22,6 @@ _log = logging.getLogger(__name__)
 
 #: A page that took longer tells counters of an unknown time: not used by the experiment.
 MAX_TOOK_SECONDS = 1.0
-#: How long a scrape waits for the energy readings around it.
-_PENDING_SECONDS = 5.0
 #: How long a restart of the engine is shown.
 RESTART_SHOWN_SECONDS = 60.0
 _NEVER_SECONDS = float("-inf")
@@ -43,10 +40,7 @@ class InstanceTrack:
         self._asked = Clock(_NEVER_SECONDS, _NEVER_SECONDS)
         self._in_flight = False
         self._confirm = False
-        self._life = 0
-        self._scrapes: deque[Scrape] = deque(maxlen=32)
-        self._pending: deque[Scrape] = deque(maxlen=32)
-        self._samples: deque[Sample] = deque(maxlen=32)
+        self._pages = PageLog(clock)
         self._failure: ScrapeFailure | None = None
         self._locked_since_seconds: float | None = None
         self._compared_since_seconds: float | None = None
@@ -55,8 +49,6 @@ class InstanceTrack:
         self._energy_measured = True
         self._complete = False
         """Whether the GPUs of all its pods on this node are known."""
-        self._marked = clock
-        """When power was last looked at, where there is no page to read."""
         self._evidence = evidence.PromptEvidence()
         self._prefill = prefill.PrefillShare()
         self.idle = idle.IdleWatch(clock.now_seconds)
@@ -165,20 +157,17 @@ class InstanceTrack:
             self._prefill = prefill.add_failure(self._prefill)
             return self._changed(held, clock.now_seconds)
         self._failure = None
-        before = self._scrapes[-1] if self._scrapes else None
-        if before is not None and is_restart(before.counters, result):
+        before = self._pages.newest
+        if before is not None and is_restart(before, result):
             _log.info("instance=%s the engine restarted", self.key.instance)
-            self._life += 1
+            self._pages.restarted()
             self._restarted_seconds = clock.now_seconds
             self._evidence = evidence.restarted(self._evidence)
             self._prefill = prefill.forgotten(self._prefill)
             self.idle.break_off()
             before = None
         # While idle pages come often, and the epoch is dropped anyway: an hour of them would fill the memory.
-        sharp = took_seconds <= MAX_TOOK_SECONDS and not self.idle.wanted
-        scrape = Scrape(result, result.at_seconds + clock.offset_seconds, self._life, sharp)
-        self._scrapes.append(scrape)
-        self._pending.append(scrape)
+        self._pages.add(result, clock, sharp=took_seconds <= MAX_TOOK_SECONDS and not self.idle.wanted)
         self.idle.see(result)
         self._judge(before, result, clock)
         return self._changed(held, clock.now_seconds)
@@ -214,8 +203,10 @@ class InstanceTrack:
                 self._order.experiment.experiment(), self._order.instance, min(requested), self._span
             )
         self.idle.note(clock.now_seconds, idle_wanted, idle_wanted and all(each.in_force for each in decisions))
-        self._mark(clock)
-        self._resolve(clock, tracks)
+        if self._span is not None and self._url is None:
+            self._pages.mark(clock, self.switchback.next_scrape_unix_seconds)
+        for sample in self._pages.join(clock.now_seconds, tracks):
+            self.switchback.add(sample)
         as_asked = self._complete and (locked or control) and not self.idle.recovers(clock.now_seconds)
         for pair in self.switchback.note(clock, as_asked):
             if self._order.guardrail is not None:
@@ -305,9 +296,9 @@ class InstanceTrack:
             pair_stats=self.switchback.pair_stats(),
             dropped=self.switchback.dropped(),
             epochs=self.switchback.epochs(),
-        ).model_copy(update=self._rates(now_seconds))
+        ).model_copy(update=self._pages.rates(order, self._complete, now_seconds))
 
-    def _judge(self, before: Scrape | None, result: ServingCounters, clock: Clock) -> None:
+    def _judge(self, before: ServingCounters | None, result: ServingCounters, clock: Clock) -> None:
         if result.computed_prompt_tokens is not None and result.generated_tokens is not None:
             work = evidence.Work(result.at_seconds, result.computed_prompt_tokens, result.generated_tokens)
             self._evidence = evidence.add_work(self._evidence, work)
@@ -316,12 +307,12 @@ class InstanceTrack:
         bounds = self._order.guardrail
         if before is None or bounds is None or not self._enforced:
             return
-        began = before.counters.at_seconds
+        began = before.at_seconds
         locked = self._locked_since_seconds is not None and self._locked_since_seconds <= began
         compared = self._compared_since_seconds is not None and self._compared_since_seconds <= began
         if not (locked or compared):
             return  # not so through the whole window: what was slow is not known to be our doing
-        seen = guardrail.window(before.counters, result)
+        seen = guardrail.window(before, result)
         if compared:
             # What would release a capped instance and so drop its epoch must drop a released one too.
             trips = self._would_trip.trips
@@ -341,66 +332,8 @@ class InstanceTrack:
             _log.warning("instance=%s guardrail: %s", self.key.instance, self._guardrail.message)
 
     def _forget_scrapes(self) -> None:
-        self._life += 1
-        self._scrapes.clear()
-        self._pending.clear()
-        self._samples.clear()
+        self._pages.forget()
         self._failure = None
         self._evidence = evidence.restarted(self._evidence)
         self._prefill = prefill.PrefillShare()
         self.idle.stillness = idle.Stillness()
-
-    def _mark(self, clock: Clock) -> None:
-        """Note the times at which the power of an epoch is wanted, where no scrape does: the tokens are elsewhere."""
-        if self._span is None or self._url is not None:
-            return
-        if abs(clock.unix_seconds - self._marked.unix_seconds) > 2 * SCRAPE_SECONDS:
-            self._marked = clock  # a pause or a step of the clock: what was between is not made up
-        while True:
-            due_unix = self._marked.unix_seconds + SCRAPE_SECONDS
-            asked_unix = self.switchback.next_scrape_unix_seconds(self._marked.unix_seconds)
-            due_unix = due_unix if asked_unix is None else min(due_unix, asked_unix)
-            if due_unix > clock.unix_seconds:
-                return
-            self._marked = Clock(due_unix - clock.offset_seconds, due_unix)
-            self._pending.append(Scrape(no_tokens(self._marked.now_seconds), due_unix, self._life, sharp=True))
-
-    def _resolve(self, clock: Clock, tracks: Mapping[str, GpuTrack]) -> None:
-        """Join waiting scrapes with the energy at their time, once readings from before and after it are there."""
-        while self._pending:
-            scrape = self._pending[0]
-            at_seconds = scrape.counters.at_seconds
-            ready = bool(tracks) and all(track.meter.newest_seconds >= at_seconds for track in tracks.values())
-            if not ready and clock.now_seconds - at_seconds < _PENDING_SECONDS:
-                return
-            self._pending.popleft()
-            points = [track.meter.at(at_seconds) for track in tracks.values()]
-            tokens = scrape.counters.generated_tokens
-            if not ready or tokens is None or any(point is None for point in points):
-                continue
-            sample = Sample(
-                unix_seconds=scrape.unix_seconds,
-                generated_tokens=tokens,
-                latency_sum_seconds=scrape.counters.inter_token_latency_sum_seconds,
-                latency_count=scrape.counters.inter_token_latency_count,
-                joules=sum(point.joules for point in points if point is not None),
-                lives=(
-                    scrape.life,
-                    *sorted(
-                        (uuid, track.holder_uid, point.life)
-                        for (uuid, track), point in zip(tracks.items(), points, strict=True)
-                        if point is not None
-                    ),
-                ),
-                computed_prompt_tokens=scrape.counters.computed_prompt_tokens,
-            )
-            self._samples.append(sample)
-            if scrape.sharp:
-                self.switchback.add(sample)
-
-    def _rates(self, now_seconds: float) -> dict[str, object]:
-        """Return the measurements over the last report interval."""
-        rates = work_rates(self._scrapes, self._life, now_seconds)
-        if "tokens_per_second" in rates and self._samples and self._complete:
-            rates |= token_energy(self._samples, self._order.role, self._order.span is not None)
-        return rates

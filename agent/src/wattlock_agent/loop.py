@@ -159,8 +159,8 @@ class Loop:
             clock = self._clock()
             wait_seconds = min(
                 next_tick_seconds - clock.now_seconds,
-                self._agent.seconds_to_next_scrape(clock),
-                self._agent.seconds_to_late_page(clock),
+                self._agent.roster.seconds_to_next_scrape(clock),
+                self._agent.roster.seconds_to_late_page(clock),
                 TICK_SECONDS,
             )
             wake = False
@@ -174,7 +174,7 @@ class Loop:
             except queue.Empty:
                 pass
             clock = self._clock()
-            late = self._agent.seconds_to_late_page(clock) <= 0
+            late = self._agent.roster.seconds_to_late_page(clock) <= 0
             if wake or late or clock.now_seconds >= next_tick_seconds:
                 self._pass(clock)
                 next_tick_seconds = max(next_tick_seconds + TICK_SECONDS, clock.now_seconds + TICK_SECONDS / 2)
@@ -215,7 +215,7 @@ class Loop:
         if self._agent.holders_wanted(clock) and self._agent.outlook is not None:
             gpus = self._agent.outlook.scan.gpus
             self._kubelet_workers.submit(self._guard(lambda: self._ask_holders(gpus)))
-        for key, url in self._agent.scrapes_wanted(clock):
+        for key, url in self._agent.roster.scrapes_wanted(clock):
             self._scrape_workers.submit(self._guard(lambda key=key, url=url: self._scrape(key, url)))  # type: ignore[misc]
 
     def _ask_holders(self, gpus: tuple[GpuIdentity, ...]) -> None:

@@ -271,7 +271,7 @@ class Node:
                 holders = Holders(dict(self.pods), self.shared, dict(self.unknown)) if self.kubelet_up else None
                 event = HoldersSeen(self.now_seconds, holders, "" if self.kubelet_up else "kubelet down")
                 woken = self.agent.handle(event, self.clock)
-            for key, url in self.agent.scrapes_wanted(self.clock):
+            for key, url in self.agent.roster.scrapes_wanted(self.clock):
                 self.scrapes.append(self.now_seconds)
                 done = ScrapeDone(key, url, self.page(), 0.01)
                 woken = self.agent.handle(done, self.clock) or woken

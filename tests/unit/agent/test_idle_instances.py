@@ -162,14 +162,14 @@ def test_a_page_that_fails_or_is_late_releases_and_idleness_begins_anew(make_nod
 def test_a_page_that_does_not_come_releases_at_its_time(make_node, make_order):
     """The loop asks for this time and makes a pass then, whatever else it waits for."""
     node = idle_node(make_node, make_order)
-    due = node.agent.seconds_to_late_page(node.clock)
+    due = node.agent.roster.seconds_to_late_page(node.clock)
     assert 0 < due <= LATE_SECONDS
-    assert node.agent.scrapes_wanted(node.clock) == [] or due == LATE_SECONDS
+    assert node.agent.roster.scrapes_wanted(node.clock) == [] or due == LATE_SECONDS
     node.now_seconds += due + 0.01
-    assert node.agent.seconds_to_late_page(node.clock) == 0
+    assert node.agent.roster.seconds_to_late_page(node.clock) == 0
     node.pass_()
     assert not node.driver.locks
-    assert node.agent.seconds_to_late_page(node.clock) == float("inf")
+    assert node.agent.roster.seconds_to_late_page(node.clock) == float("inf")
 
 
 def test_a_wake_waits_for_no_reading_of_gpus(make_node, make_order, monkeypatch):

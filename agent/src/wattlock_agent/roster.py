@@ -1,0 +1,107 @@
+"""The instances of the node: those that have orders, and those whose orders went away lately. Pure."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from wattlock_api.base import decimal_string
+from wattlock_api.nodeenergy import InstanceStatus, Order
+
+from wattlock_agent.clock import Clock
+from wattlock_agent.holding import last_words
+from wattlock_agent.instance import InstanceTrack
+from wattlock_agent.orders import InstanceKey, key_of
+from wattlock_agent.track import GpuTrack
+from wattlock_agent.world import Decision, Refusal
+
+_MAX_PARTED = 64
+#: Instances without orders are reported for so long: three reports, so that the operator sees their last joules.
+PARTED_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Parted:
+    """An instance without orders, which may come back after its pod was replaced."""
+
+    status: InstanceStatus
+    since_seconds: float
+
+
+class Roster:
+    """One track for each instance that has orders."""
+
+    def __init__(self) -> None:
+        self.tracks: dict[InstanceKey, InstanceTrack] = {}
+        self._parted: dict[InstanceKey, _Parted] = {}
+
+    def follow(self, orders: Iterable[Order], earlier: Mapping[str, InstanceStatus], clock: Clock) -> None:
+        """Follow these orders, which are all of the node; ``earlier``: what an earlier agent had reported, by key."""
+        by_instance: dict[InstanceKey, list[Order]] = defaultdict(list)
+        for order in orders:
+            by_instance[key_of(order)].append(order)
+        for key in self.tracks.keys() - by_instance.keys():
+            # It may come back, after a pod was replaced: its statistics go on then.
+            self._parted[key] = _Parted(self.tracks.pop(key).status(clock.now_seconds, None), clock.now_seconds)
+            while len(self._parted) > _MAX_PARTED:
+                del self._parted[next(iter(self._parted))]
+        for key, group in by_instance.items():
+            if key not in self.tracks:
+                parted = self._parted.pop(key, None)
+                self.tracks[key] = InstanceTrack(key, parted.status if parted else earlier.get(key.text), clock)
+            self.tracks[key].follow(group, clock)
+
+    def credit(self, key: InstanceKey | None, joules: float) -> None:
+        """Add the energy of a GPU of an instance, also if its orders went away since."""
+        if key in self.tracks:
+            self.tracks[key].credit(joules)
+        elif key in self._parted and joules > 0:
+            parted = self._parted[key]
+            total = decimal_string(float(parted.status.energy_joules or 0) + joules, 1)
+            self._parted[key] = replace(parted, status=parted.status.model_copy(update={"energy_joules": total}))
+
+    def ticked(self, clock: Clock, decisions: Iterable[Decision], tracks: Mapping[str, GpuTrack]) -> None:
+        """Tell each instance how its GPUs stand at the end of a pass; ``tracks``: of all GPUs, by UUID."""
+        by_instance: dict[InstanceKey, list[Decision]] = defaultdict(list)
+        for decision in decisions:
+            if decision.order is not None:
+                by_instance[key_of(decision.order)].append(decision)
+        for key, instance in self.tracks.items():
+            mine = by_instance[key]
+            instance.ticked(clock, mine, {each.uuid: tracks[each.uuid] for each in mine if each.uuid in tracks})
+
+    def parted(self, now_seconds: float) -> list[InstanceStatus]:
+        """Return the instances whose orders went away lately: their last joules are still to be told."""
+        return [
+            last_words(each.status)
+            for each in self._parted.values()
+            if now_seconds - each.since_seconds <= PARTED_SECONDS and each.status.energy_joules is not None
+        ]
+
+    def holds(self, now_seconds: float) -> dict[InstanceKey, Refusal]:
+        """Return what holds instances released."""
+        held = ((key, instance.hold(now_seconds)) for key, instance in self.tracks.items())
+        return {key: hold for key, hold in held if hold is not None}
+
+    def idle(self, now_seconds: float) -> frozenset[InstanceKey]:
+        """Return the instances that have had no work for as long as their orders ask."""
+        return frozenset(key for key, instance in self.tracks.items() if instance.is_idle(now_seconds))
+
+    def waking(self, now_seconds: float) -> frozenset[InstanceKey]:
+        """Return the instances for which the last pass wanted the lower cap, and that are not idle any more."""
+        wanted = frozenset(key for key, instance in self.tracks.items() if instance.idle.wanted)
+        return wanted - self.idle(now_seconds)
+
+    def scrapes_wanted(self, clock: Clock) -> list[tuple[InstanceKey, str]]:
+        """Return the metrics pages that are to be read now; the caller then reads them."""
+        urls = ((key, instance.scrape_wanted(clock)) for key, instance in self.tracks.items())
+        return [(key, url) for key, url in urls if url is not None]
+
+    def seconds_to_next_scrape(self, clock: Clock) -> float:
+        """Return how long it is until a metrics page is due (at least 0)."""
+        return min((instance.seconds_to_scrape(clock) for instance in self.tracks.values()), default=60.0)
+
+    def seconds_to_late_page(self, clock: Clock) -> float:
+        """Return how long it is until the cap of an idle instance must go because its page is too old (at least 0)."""
+        pages = (instance.idle.seconds_to_late_page(clock.now_seconds) for instance in self.tracks.values())
+        return min(pages, default=math.inf)
