@@ -33,7 +33,7 @@ from wattlock_api.constants import PEER_POWER_ANNOTATION, Reason
 from wattlock_api.nodeenergy import ArmTotals, DroppedEpochs, Moments, PairStats
 from wattlock_api.policystatus import Limiters
 from wattlock_operator.decide import Decision, Memory, decide
-from wattlock_operator.world import parse_node, parse_node_energy, parse_pod, parse_policy
+from wattlock_operator.parse import parse_node, parse_node_energy, parse_pod, parse_policy
 
 INPUTS = int(os.environ.get("WATTLOCK_FUZZ_INPUTS", "150"))
 SEED = int(os.environ.get("WATTLOCK_FUZZ_SEED") or (time.time_ns() % 10**9 if INPUTS > 150 else 1))

@@ -10,7 +10,8 @@ from wattlock_api.peerpower import PeerPowers
 
 from wattlock_agent import evidence, guardrail, idle, prefill
 from wattlock_agent.clock import Clock
-from wattlock_agent.experiment import SCRAPE_SECONDS, Switchback
+from wattlock_agent.epochs import SCRAPE_SECONDS
+from wattlock_agent.experiment import Switchback
 from wattlock_agent.orders import InstanceKey
 from wattlock_agent.pagelog import PageLog
 from wattlock_agent.serving.base import ScrapeFailure, ServingCounters, is_restart

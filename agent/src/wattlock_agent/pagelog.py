@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from wattlock_api.nodeenergy import Order
 
 from wattlock_agent.clock import Clock
-from wattlock_agent.experiment import SCRAPE_SECONDS, Sample
+from wattlock_agent.epochs import SCRAPE_SECONDS, Sample
 from wattlock_agent.rates import Scrape, token_energy, work_rates
 from wattlock_agent.serving.base import ServingCounters, no_tokens
 from wattlock_agent.track import GpuTrack

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from wattlock_api.base import decimal_string
 from wattlock_api.constants import Reason, Role
 
-from wattlock_agent.experiment import Sample
+from wattlock_agent.epochs import Sample
 from wattlock_agent.serving.base import ServingCounters, ServingDelta, difference
 from wattlock_agent.track import WINDOW_SECONDS
 

@@ -7,8 +7,8 @@ from wattlock_api.constants import PUBLISHED_PROFILE
 
 from wattlock_operator import kube as api
 from wattlock_operator.kube import Kube, KubeError
+from wattlock_operator.parse import parse_policy
 from wattlock_operator.tunedrow import NoRowError, profile_of, tuned_row
-from wattlock_operator.world import parse_policy
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _MOST_NAME = 253

@@ -13,10 +13,10 @@ from wattlock_api.constants import AGENT_COMPONENT, COMPONENT_LABEL, FINALIZER, 
 
 from wattlock_operator import kube as api
 from wattlock_operator.kube import Kube, KubeError
+from wattlock_operator.parse import parse_node_energy, parse_pod
 from wattlock_operator.placement import MANAGED_BY_LABEL, MANAGER
 from wattlock_operator.release import locked_uuids
 from wattlock_operator.settings import Settings
-from wattlock_operator.world import parse_node_energy, parse_pod
 
 POLL_SECONDS = 1.0
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from wattlock_api.energypolicy import Placement
 
-from wattlock_operator import world as views
-from wattlock_operator.world import World
+from wattlock_operator.parse import parse_node, parse_node_energy, parse_pod, parse_policy, parse_profile
+from wattlock_operator.world import DaemonSetView, World
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Kind:
     parse: Callable[[Mapping[str, Any]], Any]
 
 
-POLICY = Kind("EnergyPolicy", views.parse_policy)
-POD = Kind("Pod", views.parse_pod)
-NODE = Kind("Node", views.parse_node)
-NODE_ENERGY = Kind("NodeEnergy", views.parse_node_energy)
-PROFILE = Kind("ClockProfile", views.parse_profile)
+POLICY = Kind("EnergyPolicy", parse_policy)
+POD = Kind("Pod", parse_pod)
+NODE = Kind("Node", parse_node)
+NODE_ENERGY = Kind("NodeEnergy", parse_node_energy)
+PROFILE = Kind("ClockProfile", parse_profile)
 KINDS = (POLICY, POD, NODE, NODE_ENERGY, PROFILE)
 
 
@@ -130,7 +130,7 @@ class Store:
 
     def world(
         self,
-        daemon_sets: tuple[views.DaemonSetView, ...],
+        daemon_sets: tuple[DaemonSetView, ...],
         agent_namespace: str,
         host_network_namespaces: frozenset[str] = frozenset(),
         allowed_placements: tuple[Placement, ...] = (),

@@ -17,7 +17,8 @@ from decision_world import (
     Load,
 )
 from wattlock_agent.clock import Clock
-from wattlock_agent.experiment import END_MARGIN_SECONDS, SCRAPE_SECONDS, SETTLE_SECONDS, Sample, Switchback
+from wattlock_agent.epochs import END_MARGIN_SECONDS, SCRAPE_SECONDS, SETTLE_SECONDS, Sample
+from wattlock_agent.experiment import Switchback
 from wattlock_agent.guardrail import GuardrailState, is_tripped, judge_pair
 from wattlock_api.energypolicy import Guardrail
 from wattlock_api.schedule import Arm, Experiment, arm_of

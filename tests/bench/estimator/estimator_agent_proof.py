@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 from estimator_world import BEGIN_UNIX_SECONDS, PARTS, Scenario, draw_load, draw_schedule, epoch_power, pairs_of
 from wattlock_agent.clock import Clock
-from wattlock_agent.experiment import END_MARGIN_SECONDS, SCRAPE_SECONDS, SETTLE_SECONDS, Sample, Switchback
+from wattlock_agent.epochs import END_MARGIN_SECONDS, SCRAPE_SECONDS, SETTLE_SECONDS, Sample
+from wattlock_agent.experiment import Switchback
 from wattlock_api.schedule import Arm, arm_of, epoch_start_seconds
 
 

@@ -9,7 +9,8 @@ import random
 from estimator_world import BEGIN_UNIX_SECONDS, CAP_MHZ, CONTEXT_TOKENS
 from wattlock_agent.clock import Clock
 from wattlock_agent.energy import EnergyMeter
-from wattlock_agent.experiment import SCRAPE_SECONDS, SETTLE_SECONDS, Sample, Switchback
+from wattlock_agent.epochs import SCRAPE_SECONDS, SETTLE_SECONDS, Sample
+from wattlock_agent.experiment import Switchback
 from wattlock_api.schedule import Arm, Experiment, arm_of, epoch_at, epoch_start_seconds
 from wattlock_operator import pooling
 from wattlock_simulator.dynamics import Inputs, Model, advance

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 from wattlock_agent.clock import Clock
-from wattlock_agent.experiment import Drop, Sample, Switchback, judge_epoch
+from wattlock_agent.epochs import Drop, Sample, judge_epoch
+from wattlock_agent.experiment import Switchback
 from wattlock_api.base import parse_timestamp
 from wattlock_api.nodeenergy import InstanceStatus
 from wattlock_api.schedule import Arm, Experiment, Pair, arm_of, epoch_at, pair_of

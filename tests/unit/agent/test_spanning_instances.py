@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operator_worlds import DECODE, PREFILL, agent_pod, node_energy, pod, policy, world
 from wattlock_agent.clock import Clock
-from wattlock_agent.experiment import Sample, Switchback
+from wattlock_agent.epochs import Sample
+from wattlock_agent.experiment import Switchback
 from wattlock_agent.holders.base import PodName
 from wattlock_agent.kube import PeersSeen
 from wattlock_agent.orders import parse_peers

@@ -11,9 +11,10 @@ from wattlock_api.constants import Mode, Role
 from wattlock_api.nodeenergy import NodeEnergySpec
 from wattlock_api.policystatus import EnergyPolicyStatus, PoolReason, PoolStatus, Summary
 from wattlock_operator.decide import Decision, Memory, decide
+from wattlock_operator.parse import parse_node_energy
 from wattlock_operator.placement import plan_daemon_sets
 from wattlock_operator.status import urgent_change
-from wattlock_operator.world import NodeView, World, parse_node_energy
+from wattlock_operator.world import NodeView, World
 
 TEMPLATE = {"kind": "DaemonSet", "spec": {"template": {"spec": {"containers": [{"name": "agent"}]}}}}
 

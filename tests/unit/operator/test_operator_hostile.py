@@ -12,11 +12,11 @@ from wattlock_operator.apply import event_body
 from wattlock_operator.decide import Memory, Written, decide
 from wattlock_operator.events import Telling
 from wattlock_operator.orders import give_orders
+from wattlock_operator.parse import parse_pod
 from wattlock_operator.placement import placement_hash
 from wattlock_operator.reports import collect
 from wattlock_operator.selection import instance_of
 from wattlock_operator.settings import from_environment
-from wattlock_operator.world import parse_pod
 
 SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 HOST = pod("d0", DECODE, host_network=True, ip="192.0.2.10")

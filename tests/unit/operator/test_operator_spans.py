@@ -11,11 +11,11 @@ from wattlock_api.nodeenergy import EpochPower
 from wattlock_api.peerpower import PeerPowers
 from wattlock_operator.decide import PEER_POWER_SECONDS, Memory, decide
 from wattlock_operator.orders import give_orders
+from wattlock_operator.parse import parse_node_energy, parse_pod
 from wattlock_operator.peerpower import peer_powers, sum_epochs
 from wattlock_operator.reports import collect
 from wattlock_operator.status import urgent_change
 from wattlock_operator.tokenenergy import idle_message, joules_per_token
-from wattlock_operator.world import parse_node_energy, parse_pod
 
 NODES = ("n1", "n2", "n3")
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from wattlock_operator.lease import parse_lease
+from wattlock_operator.parse import parse_node_energy, parse_pod, parse_policy
 from wattlock_operator.store import KINDS, NODE, POD, POLICY, PROFILE, Store
-from wattlock_operator.world import MetricsHint, parse_node_energy, parse_pod, parse_policy
+from wattlock_operator.world import MetricsHint
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5),

@@ -7,8 +7,8 @@ from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, node_energy, p
 from wattlock_api.nodeenergy import AgentStatus
 from wattlock_operator.decide import Memory, decide
 from wattlock_operator.orders import give_orders
+from wattlock_operator.parse import parse_pod
 from wattlock_operator.release import locked_uuids
-from wattlock_operator.world import parse_pod
 from wattlock_operator.writers import CONTROLLERS, claims_of, controller_of, suspects_sentence
 
 LIMIT = "dynamo.nvidia.com/gpu-power-limit"
