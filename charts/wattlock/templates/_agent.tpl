@@ -1,4 +1,21 @@
 {{/*
+An upgrade that gives the agents another namespace would take the rights from those in the old one and leave them there,
+where the operator does not look: holding the nodes, so that no agent of the new namespace could start.
+*/}}
+{{- define "wattlock.refuseToMoveAgents" -}}
+{{- $namespace := include "wattlock.agentNamespace" . -}}
+{{- $template := lookup "v1" "ConfigMap" .Release.Namespace (printf "%s-template" (include "wattlock.agentName" .)) -}}
+{{- $before := dig "data" "agent-daemonset.yaml" "" $template | fromYaml | dig "metadata" "namespace" $namespace -}}
+{{- if ne $before $namespace -}}
+{{- range (lookup "apps/v1" "DaemonSet" $before "").items -}}
+{{- if and (eq (dig "labels" "app.kubernetes.io/component" "" .metadata) "agent") (eq (dig "labels" "app.kubernetes.io/instance" "" .metadata) ($.Release.Name | trunc 63 | trimSuffix "-")) -}}
+{{- fail (printf "agent.namespace cannot change from %q to %q while agents run: DaemonSet %s/%s would stay behind, with its locks. Delete the policies and wait until it is gone (kubectl get daemonset -n %s), then upgrade; or leave agent.namespace at %q" $before $namespace $before .metadata.name $before $before) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/*
 The DaemonSet from which the operator makes those that the policies ask for: one for all placements that could select the
 same node. It is complete, so that it can be read and checked by itself; what it has to leave to the operator is listed in
 its first comment.

@@ -115,6 +115,19 @@ def test_a_client_that_leaves_takes_its_request_with_it():
     assert engine.workload is None
 
 
+def test_who_waited_behind_a_client_that_leaves_is_next():
+    engine = an_engine()
+    first, second, third = Request(1, 100, 1), Request(2, 100, 1), Request(1, 100, 1000)
+    engine.submit(first)
+    engine.account(1.0, 0.1)
+    assert first.done
+    engine.submit(second)
+    engine.submit(third)  # its prompt is known, but it is the second in the queue
+    engine.withdraw(second)
+    assert (engine.running, engine.waiting) == (1, 0)
+    assert engine.workload.phase is Phase.DECODE
+
+
 def test_a_restart_ends_all_requests():
     engine, request = an_engine(), Request(1, 100, 1000)
     engine.submit(request)

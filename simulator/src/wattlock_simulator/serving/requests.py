@@ -109,6 +109,7 @@ class RequestEngine(Engine):
             self._queue.remove(request)
         elif request in self._batch:
             self._batch.remove(request)
+        self._admit()
         self._choose()
 
     def restart(self, now_seconds: float) -> None:
