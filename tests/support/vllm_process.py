@@ -7,10 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 from vllm_pods import ROOT, VllmPage, installed, read_page
+from vllm_watch import recorded
 from wattlock_agent.gpu.capability import has_sys_admin
 from wattlock_agent.sweep.estimates import Window
 from wattlock_simulator.state import StateError, StateFile
@@ -133,6 +133,10 @@ class VllmSite:
         """Return vLLM's own counters."""
         return read_page(ADDRESS, self.port)
 
+    def recorded(self) -> AbstractContextManager[list[VllmPage]]:
+        """Record vLLM's own counters often and sharply."""
+        return recorded(ADDRESS, self.port, _PAGE_SECONDS, _SLOWEST_SECONDS)
+
     def writes(self) -> list[tuple[str, list[int]]]:
         """Return what was written to the driver so far."""
         path = self.driver / "writes.log"
@@ -197,29 +201,6 @@ def watch(process: "subprocess.Popen[str]") -> Swept:
         swept.errors = process.stderr.read()
         swept.status = process.wait(timeout=60)
     return swept
-
-
-@contextmanager
-def recorded_pages(site: VllmSite) -> Iterator[list[VllmPage]]:
-    """Read vLLM's page all the time, into the list; those that came late are of no known moment, and left out."""
-    pages: list[VllmPage] = []
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.wait(_PAGE_SECONDS):
-            began = time.monotonic()
-            with suppress(OSError):
-                page = site.page()
-                if time.monotonic() - began <= _SLOWEST_SECONDS:
-                    pages.append(page)
-
-    thread = threading.Thread(target=run, name="pages")
-    thread.start()
-    try:
-        yield pages
-    finally:
-        stop.set()
-        thread.join(130)
 
 
 def grown(pages: list[VllmPage], name: str, begin_seconds: float, end_seconds: float) -> float:

@@ -1,6 +1,8 @@
 """vLLM's own pages over time, and what Wattlock reported, side by side."""
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -8,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from kubectl_tool import Kubectl
-from vllm_pods import VllmPage, read_page
+from vllm_pods import PORT, VllmPage, read_page
 
 #: The agent measures over the last 20 s, from scrapes every 5 s, and a report may come 5 s after the newest of them.
 WINDOW_SECONDS = (9.0, 22.0)
@@ -16,16 +18,21 @@ BEFORE_REPORT_SECONDS = (-2.0, 8.0)
 
 
 @contextmanager
-def recorded(address: str) -> Iterator[list[VllmPage]]:
-    """Read a pod's page every second, into the list."""
+def recorded(
+    address: str, port: int = PORT, every_seconds: float = 1.0, slowest_seconds: float = math.inf
+) -> Iterator[list[VllmPage]]:
+    """Read vLLM's page all the time, into the list; one that took longer is of no known moment, and left out."""
     pages: list[VllmPage] = []
     stop = threading.Event()
 
     def run() -> None:
         while not stop.is_set():
+            began = time.monotonic()
             with suppress(OSError):  # while it restarts, the list has a gap
-                pages.append(read_page(address))
-            stop.wait(1.0)
+                page = read_page(address, port)
+                if time.monotonic() - began <= slowest_seconds:
+                    pages.append(page)
+            stop.wait(every_seconds)
 
     thread = threading.Thread(target=run, name="recorder")
     thread.start()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from vllm_process import ADDRESS, LIMIT_MW, VllmSite, grown, rates, recorded_pages, until, watch
+from vllm_process import ADDRESS, LIMIT_MW, VllmSite, grown, rates, until, watch
 from wattlock_agent.sweep.endpoint import parse_endpoint
 from wattlock_agent.sweep.load import ClientLoad
 from wattlock_agent.sweep.plan import Shape, Workload
@@ -40,7 +40,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmSite]:
 def test_what_a_sweep_reports_is_what_vllm_counted(site, tmp_path, client):
     out = tmp_path / "out"
     before = len(site.writes())
-    with recorded_pages(site) as pages:
+    with site.recorded() as pages:
         swept = watch(site.sweep(out, client, *LOAD, *POINTS, "--window-seconds", "8"))
         time.sleep(1)
     assert swept.status == 0, swept.errors
@@ -162,7 +162,7 @@ def test_our_client_counts_what_vllm_counts(site, workload):
     load.start(workload)
     try:
         until("all requests run", load.ready)
-        with recorded_pages(site) as pages:
+        with site.recorded() as pages:
             time.sleep(1)
             first, first_seconds = load.read(), time.time()
             time.sleep(6)
