@@ -12,7 +12,7 @@ from wattlock_simulator.physics import Architecture, Phase, Product, Workload
 DATA = Path(__file__).parents[2] / "data"
 ROWS = fit.load_rows(DATA)
 
-relaxed = settings(max_examples=50)  # a busy machine is no failure
+fewer_examples = settings(max_examples=50)
 
 products = st.sampled_from(Product)
 architectures = st.sampled_from(Architecture)
@@ -88,7 +88,7 @@ def test_large_long_gqa_decode_meets_the_power_limit_on_the_h200_and_mla_hardly(
     assert point(Architecture.MLA, 128, 4096).clock_mhz >= 1950
 
 
-@relaxed
+@fewer_examples
 @given(products, workloads, clocks, clocks)
 def test_a_higher_clock_is_never_slower_and_never_draws_less(product, workload, one, other):
     low, high = sorted((one, other))
@@ -98,7 +98,7 @@ def test_a_higher_clock_is_never_slower_and_never_draws_less(product, workload, 
     assert less <= more
 
 
-@relaxed
+@fewer_examples
 @given(products, decodes, st.floats(1.01, 4))
 def test_more_load_takes_longer_and_more_tokens_per_second(product, workload, factor):
     more = Workload(workload.architecture, workload.phase, workload.batch * factor, workload.context)
@@ -112,7 +112,7 @@ def test_more_load_takes_longer_and_more_tokens_per_second(product, workload, fa
     assert rate(more) > rate(workload)
 
 
-@relaxed
+@fewer_examples
 @given(products, workloads, clocks, st.floats(200, 700))
 def test_the_governor_obeys_cap_and_limit_and_wastes_no_step(product, workload, cap, limit):
     clock = physics.governed_clock_mhz(product, workload, cap, limit)
@@ -123,7 +123,7 @@ def test_the_governor_obeys_cap_and_limit_and_wastes_no_step(product, workload, 
         assert physics.board_watts(product, workload, clock + physics.CLOCK_STEP_MHZ) > limit
 
 
-@relaxed
+@fewer_examples
 @given(st.integers(0, 3000))
 def test_a_cap_goes_down_to_a_supported_clock_and_through_the_clamp(cap):
     effective = physics.effective_cap_mhz(cap)
@@ -133,7 +133,7 @@ def test_a_cap_goes_down_to_a_supported_clock_and_through_the_clamp(cap):
         assert 0 <= cap - effective < physics.CLOCK_STEP_MHZ
 
 
-@relaxed
+@fewer_examples
 @given(products, decodes, st.sampled_from([1590, 1200, 780]))
 def test_a_lock_never_costs_energy_per_token_above_the_knee(product, workload, cap):
     saving = physics.true_saving(product, workload, cap)
