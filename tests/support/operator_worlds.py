@@ -1,5 +1,6 @@
 """Small worlds for tests of the operator's decisions."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from wattlock_api.base import ObjectRef, timestamp
 from wattlock_api.constants import AGENT_COMPONENT, COMPONENT_LABEL, FINALIZER, PLACEMENT_LABEL, GpuState
 from wattlock_api.energypolicy import EnergyPolicySpec
 from wattlock_api.nodeenergy import GpuStatus, InstanceStatus, NodeEnergyStatus, Order
+from wattlock_api.policystatus import EnergyPolicyStatus
 from wattlock_operator.world import MetricsHint, NodeEnergyView, NodeView, PodView, PolicyView, World
 
 NOW = 1_800_000_000.0
@@ -15,20 +17,17 @@ DECODE, PREFILL = {"role": "decode"}, {"role": "prefill"}
 GPU_NODE = {"nvidia.com/gpu.present": "true"}
 
 
+def two_pools(clock: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A decode pool with this clock, and a prefill pool."""
+    return [
+        {"name": "decode", "role": "Decode", "selector": {"matchLabels": DECODE}, "clock": clock},
+        {"name": "prefill", "role": "Prefill", "selector": {"matchLabels": PREFILL}},
+    ]
+
+
 def policy(name: str = "qwen", *, uid: str = "", created: str = "2026-01-01T00:00:00Z", **changes: Any) -> PolicyView:
     """A policy with a decode and a prefill pool; ``spec`` changes its spec."""
-    spec = {
-        "mode": "Enforce",
-        "pools": [
-            {
-                "name": "decode",
-                "role": "Decode",
-                "selector": {"matchLabels": DECODE},
-                "clock": {"maxSMClockMHz": 1590},
-            },
-            {"name": "prefill", "role": "Prefill", "selector": {"matchLabels": PREFILL}},
-        ],
-    } | changes.pop("spec", {})
+    spec = {"mode": "Enforce", "pools": two_pools({"maxSMClockMHz": 1590})} | changes.pop("spec", {})
     fields: dict[str, Any] = {
         "namespace": "llm",
         "name": name,
@@ -134,3 +133,8 @@ def world(
         "agent_namespace": AGENTS,
     }
     return World(**(fields | changes))
+
+
+def as_kept(status: EnergyPolicyStatus) -> EnergyPolicyStatus:
+    """A status as the API server keeps it: through JSON."""
+    return EnergyPolicyStatus.model_validate(json.loads(json.dumps(status.to_api())))

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
+from operator_worlds import DECODE, NOW, agent_pod, gpu, instance, node_energy, pod, policy, two_pools, world
 from wattlock_api.energypolicy import EnergyPolicySpec
 from wattlock_api.nodeenergy import OrderIdle
 from wattlock_operator.decide import Memory, decide
@@ -12,8 +12,7 @@ from wattlock_operator.status import urgent_change
 
 MIXED = {"name": "decode", "role": "Mixed", "selector": {"matchLabels": DECODE}}
 CLOCK = {"clock": {"maxSMClockMHz": 1590}}
-DECODES = {"name": "decode", "role": "Decode", "selector": {"matchLabels": DECODE}} | CLOCK
-PREFILLS = {"name": "prefill", "role": "Prefill", "selector": {"matchLabels": PREFILL}}
+DECODES, PREFILLS = two_pools(CLOCK["clock"])
 
 
 def of(*pools, **spec):

@@ -1,11 +1,23 @@
 """Pools with a ClockProfile in the operator's decision: rows follow the work, slowly, through rollouts and restarts."""
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
+from operator_worlds import (
+    DECODE,
+    NOW,
+    PREFILL,
+    agent_pod,
+    as_kept,
+    gpu,
+    instance,
+    node_energy,
+    pod,
+    policy,
+    two_pools,
+    world,
+)
 from wattlock_api.base import timestamp
 from wattlock_api.clockprofile import ClockProfileSpec
 from wattlock_api.policystatus import EnergyPolicyStatus, PoolStatus, ProfileStatus
@@ -56,9 +68,7 @@ class Site:
         ]
         entry = node_energy("n1", self.written, gpus=gpus, instances=served)
         told = entry.status.model_copy(update={"reported_at": timestamp(self.now - 2)})
-        decode = {"name": "decode", "role": "Decode", "selector": {"matchLabels": DECODE}, "clock": {"profile": "mine"}}
-        prefill = {"name": "prefill", "role": "Prefill", "selector": {"matchLabels": PREFILL}}
-        spec = {"mode": self.mode, "pools": [decode, prefill], "rollout": self.rollout}
+        spec = {"mode": self.mode, "pools": two_pools({"profile": "mine"}), "rollout": self.rollout}
         here = world(
             [policy(spec=spec, status=self.status)],
             [*(pod(name, DECODE) for name in PODS), pod("p0", PREFILL), agent_pod("n1")],
@@ -70,8 +80,7 @@ class Site:
         for orders in decision.write_orders.values():
             self.written = orders
         for _, status in decision.write_statuses:
-            # Through JSON, as the API server keeps it.
-            self.status = EnergyPolicyStatus.model_validate(json.loads(json.dumps(status.to_api())))
+            self.status = as_kept(status)
         self.events += [(telling.reason, telling.message) for telling in decision.tellings]
         return decision
 
