@@ -2,10 +2,12 @@
 
 import pytest
 from operator_worlds import policy
-from wattlock_api.constants import Reason
+from tuning_site import LOOK_SECONDS, Site
+from wattlock_api.constants import ConditionType, Reason
 from wattlock_api.policystatus import PoolReason, PoolStatus, Savings
 from wattlock_api.tuningstatus import TuningStatus
 from wattlock_operator.conditions import Facts, Finding, find_conditions
+from wattlock_operator.decide import decide
 
 
 def pool(phase: str | None, name: str = "decode", /, **gpus: int) -> PoolStatus:
@@ -92,3 +94,66 @@ def test_a_search_is_progress_also_while_agents_take_up_an_arm():
 def test_a_tuner_that_rests_is_no_search():
     for kind in ("Progressing", "Verified"):
         assert found(kind, pool("Searching", ObserveMode=4), mode="Observe").reason != "Tuning"
+
+
+def told_conditions(site: Site) -> dict[str, tuple[str, str, str]]:
+    return {each.type: (each.status, each.reason, each.message) for each in site.status.conditions}
+
+
+def test_a_search_is_progress():
+    site = Site()
+    site.look()
+    site.look(10)  # the agents have acted on the first orders, and no cap is tried yet
+
+    def progressing():
+        found = next(each for each in site.status.conditions if each.type == ConditionType.PROGRESSING)
+        return found.status, found.reason
+
+    assert progressing() == ("True", "Tuning")
+    site.search()
+    site.look()
+    site.look()
+    assert progressing() == ("False", "UpToDate")
+
+
+def test_conditions_stand_still_from_the_first_arm_to_the_choice():
+    site, seen = Site(), []
+    for number in range(1, 400):
+        # Between the looks of the search ones that see the agents at work: each change of arm is caught in the middle.
+        site.look(5.0 if number % 2 else LOOK_SECONDS)
+        if site.tuning.phase == "Searching":
+            seen.append(told_conditions(site))
+        elif seen:
+            break
+    assert len({cap for cap in site.caps if cap is not None}) >= 4
+    steady = ("Ready", "Enforced", "Progressing", "Verified", "GuardrailTripped")
+    for kind in steady:
+        assert {each[kind] for each in seen[1:]} == {seen[-1][kind]}, kind
+    assert [seen[-1][kind][:2] for kind in steady] == [
+        ("True", "InForce"),
+        ("True", "Tuning"),
+        ("True", "Tuning"),
+        ("Unknown", "Tuning"),
+        ("False", "WithinLimits"),
+    ]
+    reasons = [reason for reason, _ in site.events]
+    assert {reason: reasons.count(reason) for reason in set(reasons) - {"TuningArm"}} == dict.fromkeys(
+        set(reasons) - {"TuningArm"}, 1
+    )
+
+
+def test_agents_that_do_not_act_on_an_arm_are_told_of_after_a_minute():
+    site = Site()
+    while len({cap for cap in site.caps if cap is not None}) < 2:
+        before = site.written
+        site.look()
+    assert told_conditions(site)["Ready"][:2] == ("True", "InForce")
+    site.written = before  # the new orders do not arrive
+
+    def ready(seconds: float) -> tuple[str, str]:
+        statuses = decide(site._world(), None, site.memory, site.now + seconds).statuses
+        found = next(each for each in statuses["uid-qwen"].conditions if each.type == "Ready")
+        return found.status, found.reason
+
+    assert ready(50) == ("True", "InForce")
+    assert ready(61) == ("False", "WaitingForAgents")

@@ -1,13 +1,17 @@
-"""The evidence that admits a cap or gives it up, and how sums are taken over."""
+"""The evidence that admits a cap, gives it up or shows what it saves, and how sums are taken over."""
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from wattlock_api.constants import Reason
 from wattlock_operator import sequential
 from wattlock_operator.ledger import Tally
+from wattlock_operator.pooling import Sample
+from wattlock_operator.pooling import pool as pool_effect
 from wattlock_operator.tuning.evidence import (
     LOG_ADMIT,
     MAX_TRIALS,
@@ -21,6 +25,7 @@ from wattlock_operator.tuning.evidence import (
     pairs_to_admit,
 )
 from wattlock_operator.tuning.model import Goal, Objective
+from wattlock_operator.verdict import Pooled, at_every_look, judge, pairs_to_go
 
 BOUND = math.log(0.98)
 
@@ -148,3 +153,19 @@ def test_sums_only_grow():
     assert found.latency == pytest.approx(more.latency)
     assert grown(first, more) == Tally()
     assert grown(first, first) == Tally()
+
+
+def test_a_tuned_saving_needs_the_evidence_of_a_pick_of_twelve():
+    values = [-0.05, -0.06, -0.04, -0.055, -0.045, -0.05, -0.06]
+    total, squares = math.fsum(values), math.fsum(value**2 for value in values)
+    alone = Pooled(pool_effect([Sample(len(values), total, squares)]), total, squares)
+    picked = replace(alone, chances=12)
+    assert judge(alone) is Reason.INTERVAL_EXCLUDES_ZERO
+    assert judge(picked) is Reason.NEEDS_MORE_EVIDENCE
+    assert picked.log_evidence == pytest.approx(alone.log_evidence - math.log(12))
+    assert pairs_to_go(alone, Reason.NEEDS_MORE_EVIDENCE) < pairs_to_go(picked, Reason.NEEDS_MORE_EVIDENCE) < 20
+    more = replace(
+        picked, effect=pool_effect([Sample(70, 10 * total, 10 * squares)]), total=10 * total, squares=10 * squares
+    )
+    less = replace(more, chances=1)
+    assert at_every_look(more).high > at_every_look(less).high

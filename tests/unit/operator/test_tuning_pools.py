@@ -1,163 +1,21 @@
-"""Tuners in the operator's decision: orders by arm, state in status, restarts, Events. The test plays the agents."""
+"""A tuner in the operator's decisions: orders by arm, what status and Events tell, restarts, and searches anew."""
 
 import json
-import math
-import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
-from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
+from tuning_site import PODS, Site
 from tuning_world import memory_bound, nothing_saved
-from wattlock_api.base import decimal_string, timestamp
-from wattlock_api.constants import ConditionType, Reason
+from wattlock_api.constants import ConditionType
 from wattlock_api.energypolicy import Guardrail, Tune
-from wattlock_api.nodeenergy import AgentStatus, ClockRange, Moments, PairStats, ProductClocks
-from wattlock_api.policystatus import EnergyPolicyStatus
+from wattlock_api.nodeenergy import ClockRange, ProductClocks
 from wattlock_api.tuningstatus import TuningStatus
-from wattlock_operator.decide import Decision, Memory, decide
-from wattlock_operator.pooling import Sample
-from wattlock_operator.pooling import pool as pool_effect
+from wattlock_operator.decide import Memory
 from wattlock_operator.reports import collect
 from wattlock_operator.tunedrow import tuned_row
 from wattlock_operator.tuning.model import Goal, Tuning
 from wattlock_operator.tuning.pools import goal_of, supported_mhz
 from wattlock_operator.tuning.record import from_status, goal_word, to_status
-from wattlock_operator.verdict import Pooled, at_every_look, judge, pairs_to_go
-
-PODS = ("d0", "d1", "d2", "d3")
-LOOK_SECONDS = 240.0
-
-
-def pools(tune: dict | None = None, labels: dict | None = None) -> list[dict]:
-    return [
-        {
-            "name": "decode",
-            "role": "Decode",
-            "selector": {"matchLabels": labels or DECODE},
-            "clock": {"tune": tune or {}},
-        },
-        {"name": "prefill", "role": "Prefill", "selector": {"matchLabels": PREFILL}},
-    ]
-
-
-@dataclass
-class Site:
-    """A cluster in which time passes from look to look: the agents do at once what they are told."""
-
-    effects: object = memory_bound
-    tune: dict = field(default_factory=dict)
-    rollout: dict | None = None
-    mode: str = "Enforce"
-    driver: str = "580.159"
-    template: str = "v1"
-    batch: float = 32.0
-    tripped: tuple[str, ...] = ()
-    now: float = NOW
-    memory: Memory = field(default_factory=Memory)
-    status: EnergyPolicyStatus | None = None
-    asked: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(PODS))
-    sums: dict[str, dict[int, list[float]]] = field(default_factory=lambda: {name: {} for name in PODS})
-    events: list[tuple[str, str]] = field(default_factory=list)
-    caps: list[int | None] = field(default_factory=list)
-    shares: set[float] = field(default_factory=set)
-    written: tuple = ()
-    chance: random.Random = field(default_factory=lambda: random.Random(7))
-
-    def _report(self, name: str):
-        def stats(cap: int, row: list[float]) -> PairStats:
-            texts = [decimal_string(value, 9) for value in row[1:]]
-            moments = [Moments(total=texts[at], squares=texts[at + 1]) for at in (0, 2, 4)]
-            return PairStats(
-                cap_mhz=cap,
-                pairs=int(row[0]),
-                energy=moments[0],
-                throughput=moments[1],
-                latency_pairs=int(row[0]),
-                latency=moments[2],
-            )
-
-        return instance(
-            name,
-            tokens_per_second=decimal_string(self.batch / 0.008, 1),
-            inter_token_latency_ms="8.000",
-            pair_stats=[stats(cap, row) for cap, row in self.sums[name].items()][-15:],
-            guardrail_tripped=name in self.tripped,
-        )
-
-    def _world(self):
-        holds = {order.instance: order.hold.reason for order in self.orders() if order.hold is not None}
-        gpus = [
-            gpu(
-                index,
-                name,
-                state="Released" if cap is None else "Locked",
-                reason=holds.get(name, "NoOrder") if cap is None else "Locked",
-                requested_mhz=cap,
-                observed_mhz=cap or 1980,
-            )
-            for index, (name, cap) in enumerate(self.asked.items())
-        ]
-        found = node_energy("n1", self.orders(), gpus=gpus, instances=[self._report(name) for name in PODS])
-        ranges = [ClockRange(min_mhz=345, max_mhz=1980, step_mhz=15)]
-        agent = AgentStatus(driver_version=self.driver, products=[ProductClocks(product="NVIDIA H200", ranges=ranges)])
-        told = found.status.model_copy(update={"agent": agent, "reported_at": timestamp(self.now - 2)})
-        spec = {"mode": self.mode, "pools": pools(self.tune), "rollout": self.rollout}
-        pods = [pod(name, DECODE | {"pod-template-hash": self.template}) for name in PODS]
-        return world(
-            [policy(spec=spec, status=self.status)],
-            [*pods, pod("p0", PREFILL), agent_pod("n1")],
-            [replace(found, status=told)],
-        )
-
-    def orders(self):
-        return self.written
-
-    def look(self, seconds: float = LOOK_SECONDS) -> Decision:
-        """Let pairs come in, decide, and carry the decision out."""
-        self.now += seconds
-        for name, cap in self.asked.items():
-            if cap is None or name in self.tripped:
-                continue
-            saving, loss = self.effects(cap)
-            for _ in range(4):
-                values = (
-                    math.log1p(-saving) + self.chance.gauss(0, 0.01),
-                    math.log1p(-loss) + self.chance.gauss(0, 0.015),
-                    -math.log1p(-loss) + self.chance.gauss(0, 0.01),
-                )
-                row = self.sums[name].setdefault(cap, [0.0] * 7)
-                row[0] += 1
-                for at, value in enumerate(values):
-                    row[1 + 2 * at] += value
-                    row[2 + 2 * at] += value * value
-        decision = decide(self._world(), None, self.memory, self.now)
-        self.memory = decision.memory
-        for node_orders in decision.write_orders.values():
-            self.written = node_orders
-        for order in self.orders():
-            if order.role == "Decode":
-                self.asked[order.instance] = order.cap_mhz
-                self.shares |= {order.experiment.control_share} if order.experiment else set()
-        if decision.write_statuses:
-            ((_, status),) = decision.write_statuses
-            # Through JSON, as the API server keeps it.
-            self.status = EnergyPolicyStatus.model_validate(json.loads(json.dumps(status.to_api())))
-        self.events += [(telling.reason, telling.message) for telling in decision.tellings]
-        self.caps.append(next(iter(self.asked.values())))
-        return decision
-
-    @property
-    def tuning(self) -> TuningStatus:
-        return self.status.pools[0].tuning
-
-    def search(self, restart_every: int = 0) -> TuningStatus:
-        for number in range(1, 400):
-            self.look()
-            if self.tuning is not None and self.tuning.phase in ("Settled", "Released"):
-                return self.tuning
-            if restart_every and number % restart_every == 0:
-                self.memory = Memory()
-        raise AssertionError(f"no end: {self.tuning}")
 
 
 def test_the_whole_search_by_orders_and_reports():
@@ -228,22 +86,6 @@ def test_a_pool_in_which_nothing_pays_is_left_alone():
     assert "NoClockPays" in [reason for reason, _ in site.events]
     enforced = next(each for each in site.status.conditions if each.type == ConditionType.ENFORCED)
     assert (enforced.status, enforced.reason) == ("False", "NoClockPays")
-
-
-def test_a_search_is_progress():
-    site = Site()
-    site.look()
-    site.look(10)  # the agents have acted on the first orders, and no cap is tried yet
-
-    def progressing():
-        found = next(each for each in site.status.conditions if each.type == ConditionType.PROGRESSING)
-        return found.status, found.reason
-
-    assert progressing() == ("True", "Tuning")
-    site.search()
-    site.look()
-    site.look()
-    assert progressing() == ("False", "UpToDate")
 
 
 def test_in_mode_observe_nothing_is_tried_and_nothing_is_forgotten():
@@ -372,22 +214,6 @@ def test_the_memory_survives_a_status_and_odd_ones_are_none():
     assert len(goal_word(Goal())) <= 128
 
 
-def test_a_tuned_saving_needs_the_evidence_of_a_pick_of_twelve():
-    values = [-0.05, -0.06, -0.04, -0.055, -0.045, -0.05, -0.06]
-    total, squares = math.fsum(values), math.fsum(value**2 for value in values)
-    alone = Pooled(pool_effect([Sample(len(values), total, squares)]), total, squares)
-    picked = replace(alone, chances=12)
-    assert judge(alone) is Reason.INTERVAL_EXCLUDES_ZERO
-    assert judge(picked) is Reason.NEEDS_MORE_EVIDENCE
-    assert picked.log_evidence == pytest.approx(alone.log_evidence - math.log(12))
-    assert pairs_to_go(alone, Reason.NEEDS_MORE_EVIDENCE) < pairs_to_go(picked, Reason.NEEDS_MORE_EVIDENCE) < 20
-    more = replace(
-        picked, effect=pool_effect([Sample(70, 10 * total, 10 * squares)]), total=10 * total, squares=10 * squares
-    )
-    less = replace(more, chances=1)
-    assert at_every_look(more).high > at_every_look(less).high
-
-
 def test_what_was_found_can_be_written_down_as_a_row():
     site = Site()
     found = site.search(restart_every=3)
@@ -418,50 +244,3 @@ def test_searches_are_counted_by_cause_and_arms_by_the_guardrail_through_restart
     assert site.tuning.guardrail_arms == 2
     assert {each.cause: each.searches for each in site.tuning.begun} == {"First": 1, "WorkChanged": 1, "BrokeBound": 1}
     assert site.tuning.searches == 3
-
-
-def told_conditions(site: Site) -> dict[str, tuple[str, str, str]]:
-    return {each.type: (each.status, each.reason, each.message) for each in site.status.conditions}
-
-
-def test_conditions_stand_still_from_the_first_arm_to_the_choice():
-    site, seen = Site(), []
-    for number in range(1, 400):
-        # Between the looks of the search ones that see the agents at work: each change of arm is caught in the middle.
-        site.look(5.0 if number % 2 else LOOK_SECONDS)
-        if site.tuning.phase == "Searching":
-            seen.append(told_conditions(site))
-        elif seen:
-            break
-    assert len({cap for cap in site.caps if cap is not None}) >= 4
-    steady = ("Ready", "Enforced", "Progressing", "Verified", "GuardrailTripped")
-    for kind in steady:
-        assert {each[kind] for each in seen[1:]} == {seen[-1][kind]}, kind
-    assert [seen[-1][kind][:2] for kind in steady] == [
-        ("True", "InForce"),
-        ("True", "Tuning"),
-        ("True", "Tuning"),
-        ("Unknown", "Tuning"),
-        ("False", "WithinLimits"),
-    ]
-    reasons = [reason for reason, _ in site.events]
-    assert {reason: reasons.count(reason) for reason in set(reasons) - {"TuningArm"}} == dict.fromkeys(
-        set(reasons) - {"TuningArm"}, 1
-    )
-
-
-def test_agents_that_do_not_act_on_an_arm_are_told_of_after_a_minute():
-    site = Site()
-    while len({cap for cap in site.caps if cap is not None}) < 2:
-        before = site.written
-        site.look()
-    assert told_conditions(site)["Ready"][:2] == ("True", "InForce")
-    site.written = before  # the new orders do not arrive
-
-    def ready(seconds: float) -> tuple[str, str]:
-        statuses = decide(site._world(), None, site.memory, site.now + seconds).statuses
-        found = next(each for each in statuses["uid-qwen"].conditions if each.type == "Ready")
-        return found.status, found.reason
-
-    assert ready(50) == ("True", "InForce")
-    assert ready(61) == ("False", "WaitingForAgents")
