@@ -27,6 +27,9 @@ from wattlock_api.constants import Mode
 from wattlock_api.nodeenergy import Order
 from wattlock_api.schedule import Experiment
 
+# Its assertions judge every life of the model: a failing one shows its values, as in a test file.
+pytest.register_assert_rewrite("lifecycle_promises")
+
 CLOCKS = tuple(range(345, 1981, 15))
 BOOT = "boot-1"
 UNIX_AT_START = 1_800_000_000.0
