@@ -66,9 +66,10 @@ unit: setup ## Run the unit tests alone (under a minute)
 	.venv/bin/python -m pytest tests/unit
 
 .PHONY: fuzz
-fuzz: setup ## Odd inputs through all parsers: 21,000 policies, orders, journals, pages..., and new examples for all properties (3 minutes)
+fuzz: setup ## Odd inputs through all parsers (21,000), new examples for all properties, new lives for the model of an agent (5 minutes)
 	WATTLOCK_FUZZ_INPUTS=3000 .venv/bin/python -m pytest -q -s tests/unit/test_fuzz_parsers.py
 	.venv/bin/python -m pytest -q -m hypothesis --hypothesis-profile search tests/unit
+	WATTLOCK_MODEL_EXAMPLES=300 .venv/bin/python -m pytest -q tests/unit/agent/test_lifecycle_model.py
 
 .PHONY: chaos
 chaos: setup ## Random faults against a cluster of its own (N=200 SEED=a new one FROM=1), until one is not undone

@@ -210,6 +210,19 @@ def test_a_record_that_cannot_be_removed_is_no_reason_to_reset_again_and_again(m
     assert node.driver.locks == {"GPU-0": (1200, 1200)}
 
 
+def test_a_record_of_an_earlier_boot_that_could_not_be_removed_goes_later_and_resets_nothing(make_node):
+    node = make_node(gpus=1)
+    node.journal.disk["GPU-0"] = replace(RECORD, gpu_uuid="GPU-0", boot_id="boot-0")
+    node.journal.broken = True
+    node.start()
+    node.run(5)
+    assert node.journal.disk
+    node.journal.broken = False
+    node.run(40)
+    assert node.journal.disk == {}
+    assert node.driver.log == []
+
+
 def test_a_record_of_an_earlier_boot_that_cannot_be_removed_hides_no_lock_of_this_one(make_node):
     node = make_node()
     node.driver.locks = {"GPU-1": (345, 1590)}

@@ -1,6 +1,6 @@
 """The agent's life as a state machine: any faults in any order, and death before any effect.
 
-Without WATTLOCK_MODEL_EXAMPLES 30 lives are made, always the same ones, and a failing one is shown as it is. With it
+Without WATTLOCK_MODEL_EXAMPLES 100 lives are made, always the same ones, and a failing one is shown as it is. With it
 (``WATTLOCK_MODEL_EXAMPLES=1000 .venv/bin/python -m pytest tests/unit/agent/test_lifecycle_model.py``) others are made
 each time, and a failing one is made short first, which takes minutes.
 """
@@ -233,12 +233,12 @@ class Lifecycle(WatchedLife):
             setattr(self.cluster, without, True)
 
 
-@pytest.mark.timeout(1800 if EXAMPLES else 60)
+@pytest.mark.timeout(1800 if EXAMPLES else 120)
 def test_the_promises_hold_through_any_life():
     run_state_machine_as_test(
         Lifecycle,
         settings=settings(
-            max_examples=int(EXAMPLES or 30),
+            max_examples=int(EXAMPLES or 100),
             stateful_step_count=40,
             derandomize=not EXAMPLES,
             database=None,
