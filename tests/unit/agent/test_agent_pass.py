@@ -210,6 +210,21 @@ def test_a_refused_lock_is_not_tried_again_until_the_order_changes(make_node, ma
     assert node.driver.locks == {"GPU-0": (345, 1500)}
 
 
+def test_another_clock_that_is_refused_leaves_the_record_of_the_lock_before_and_it_is_undone(make_node, make_order):
+    node = make_node()
+    node.order(make_order(capMHz=1590))
+    node.run(3)
+    node.driver.faults |= {"lock": GpuFault.INVALID_ARGUMENT, "reset": GpuFault.TRANSIENT}
+    node.order(make_order(capMHz=1500), generation=2)
+    node.run(10)
+    assert node.driver.locks == {"GPU-0": (345, 1590)}, "the driver did nothing"
+    assert set(node.journal.disk) == {"GPU-0"}
+    del node.driver.faults["reset"]
+    node.run(5)
+    assert node.locked() == set()
+    assert node.journal.disk == {}
+
+
 @pytest.mark.parametrize(("fault", "reason"), [(GpuFault.TRANSIENT, "NVMLError"), (GpuFault.GPU_LOST, "GPULost")])
 def test_a_lock_of_unknown_outcome_keeps_its_record_and_is_undone(make_node, make_order, fault, reason):
     node = make_node()
