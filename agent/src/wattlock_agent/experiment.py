@@ -1,8 +1,8 @@
 """Pairs epochs: the sufficient statistics of capped against released, for one instance. Pure.
 
-For each pair of neighbouring epochs with different
-arms the log ratios log(cap) - log(control) of joules per token, tokens per second and inter-token latency are added
-up with their squares. The operator turns the sums of all instances into an estimate with its interval.
+For each pair of neighbouring epochs with different arms the log ratios log(cap) - log(control) of joules per token,
+tokens per second and inter-token latency are added up with their squares. The operator turns the sums of all instances
+into an estimate with its interval.
 
 An instance with GPUs on other nodes (``Span``) counts its tokens on one node only. The agents of the others tell the
 mean power of each closed epoch, the operator hands it on, and the epoch is paired when its whole energy is known:
