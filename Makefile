@@ -62,7 +62,7 @@ check: setup ## Check formatting, lint, types, import rules and the lock file
 	env -u UV_DEFAULT_INDEX -u UV_INDEX_URL WATTLOCK_UV_SETTINGS_DONE=1 dev/uv lock --check --offline
 
 .PHONY: unit
-unit: setup ## Run the unit tests alone (under a minute)
+unit: setup ## Run the unit tests alone (three minutes)
 	.venv/bin/python -m pytest tests/unit
 
 .PHONY: fuzz
@@ -84,11 +84,11 @@ bench: setup ## Print reaction times, the agent's cost and API requests, measure
 	@dev/bench
 
 .PHONY: bench-estimator
-bench-estimator: setup ## Judge the estimator by simulated truth: coverage, false verdicts, half-widths (5 minutes), and plot
+bench-estimator: setup ## Judge the estimator by simulated truth: coverage, false verdicts, half-widths (six minutes), and plot
 	.venv/bin/python tests/bench/estimator/estimator_bench.py
 
 .PHONY: bench-decision
-bench-decision: setup ## Judge the tuner's choice by simulated truth, beside power caps, fixed clocks and the oracle (2 minutes), and plot
+bench-decision: setup ## Judge the tuner's choice by simulated truth, beside power caps, fixed clocks and the oracle (half a minute), and plot
 	.venv/bin/python tests/bench/decision/decision_bench.py
 
 .PHONY: generate

@@ -46,8 +46,8 @@ def documented_values(text: str) -> list[Value]:
     for line in text.splitlines():
         stripped = line.strip()
         if stripped.startswith("#"):
-            if stripped.startswith("# --"):
-                comment = [stripped.removeprefix("# --").strip()]
+            if stripped.startswith("# -- "):
+                comment = [stripped.removeprefix("# -- ").strip()]
             elif comment:
                 comment.append(stripped.removeprefix("#").strip())
             continue

@@ -23,6 +23,9 @@ measured has no sample: an absent series is unknown, never zero. Energy and powe
 Series are bounded. The operator has a fixed number for each policy and pool, and none for pods or GPUs; the agent has
 them for at most 32 GPUs and 256 serving instances of its node. When a pod, policy or GPU goes, its series go with the
 next scrape; counters with a `pod` label begin anew with the next holder of the GPU.
+
+With a scrape configuration of your own set `honor_labels: true`, as the chart's PodMonitors do: else Prometheus puts the
+namespace and pod of whoever is scraped in the place of ours, and keeps ours as `exported_namespace` and `exported_pod`.
 """
 
 _OPERATOR = """\

@@ -37,6 +37,12 @@ def test_the_committed_files_are_up_to_date(generate, capsys):
     assert generate.main(["--check"]) == 0, capsys.readouterr().err
 
 
+def test_a_line_of_a_description_may_begin_with_an_option(generate):
+    text = "# -- Ports (kubectl get endpointslice\n# --namespace default).\nports: [443]\n"
+    (value,) = generate.documented_values(text)
+    assert value.description == "Ports (kubectl get endpointslice --namespace default)."
+
+
 def test_the_chart_has_exactly_the_crds(generate):
     copies = {p.name: p.read_bytes() for p in (ROOT / "charts/wattlock/files/crds").iterdir()}
     assert copies == {p.name: p.read_bytes() for p in (ROOT / "crds").glob("*.yaml")}

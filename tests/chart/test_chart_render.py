@@ -433,6 +433,7 @@ def test_pod_monitors_look_where_the_pods_are(helm):
         (container,) = pods(objects)[component]["containers"]
         (endpoint,) = monitor["podMetricsEndpoints"]
         assert {"name": endpoint["port"], "containerPort": port, "protocol": "TCP"} in container["ports"]
+        assert endpoint["honorLabels"] is True, "namespace and pod are labels of our own series"
         labels = (
             agent_template(objects) if component == "agent" else named(objects, "Deployment", "wattlock-operator")
         )["spec"]["template"]["metadata"]["labels"]

@@ -263,7 +263,8 @@ def test_check_tells_what_works_and_what_does_not(site, good_policy):
     assert "FAIL  0 of " in ill.stdout
 
 
-def test_release_all_leaves_nothing_locked_and_lets_policies_go(site, good_policy):
+@pytest.mark.parametrize("by_hand", [False, True], ids=["the agent answers", "reset by hand"])
+def test_release_all_leaves_nothing_locked_and_lets_policies_go(site, good_policy, by_hand):
     node = site.node()
     site.pod("decode-0", node, DECODE)
     site.pod("prefill-0", node, PREFILL)
@@ -276,7 +277,11 @@ def test_release_all_leaves_nothing_locked_and_lets_policies_go(site, good_polic
     assert kept.returncode == 1
     assert f"a lock may remain on: {node}" in kept.stdout
     assert FINALIZER in site.policy()["metadata"]["finalizers"]
-    agent.stops()
+    if by_hand:  # as the sentence says: the node does not come back, and its GPUs are reset on it
+        assert "kubectl delete nodeenergy NODE" in kept.stdout
+        site.kubectl.run("delete", "nodeenergy", node)
+    else:
+        agent.stops()
     done = command(site, "release-all", "--timeout-seconds", "20")
     assert done.returncode == 0, done.stdout
     assert "every GPU is released" in done.stdout

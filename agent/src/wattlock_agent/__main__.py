@@ -91,13 +91,18 @@ def _run() -> int:
 
 
 def _reset(state_directory: Path) -> int:
+    if not state_directory.is_dir():  # the journal would make it, and find nothing in it
+        raise JournalError(
+            f"there is no folder {state_directory} here: give the one of the journal (agent.stateDirectory of the Helm "
+            "release) with --state-dir. Nothing was undone"
+        )
     boot_id = read_boot_id(Path(os.environ.get("WATTLOCK_BOOT_ID_FILE", KERNEL_BOOT_ID)))
     journal = FileJournal(state_directory, boot_id)
     journal.acquire()
     for problem in journal.problems:
         sys.stderr.write(f"{problem}\n")
     if not journal.records() and journal.power_limits is None:
-        sys.stdout.write("no lock of Wattlock is recorded on this host\n")
+        sys.stdout.write(f"no lock of Wattlock is recorded in {state_directory}\n")
         return 0
     driver = NvmlSweepDriver()
     driver.open()

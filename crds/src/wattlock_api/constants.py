@@ -164,6 +164,48 @@ class Reason(StrEnum):
     CAP_COSTS_ENERGY = "CapCostsEnergy"
 
 
+class ConditionReason(StrEnum):
+    """Why a condition is as it is, or what an Event tells, where it is no ``Reason`` that GPUs and pools have too."""
+
+    # Ready
+    IN_FORCE = "InForce"
+    OBSERVING = "Observing"
+    WAITING_FOR_AGENTS = "WaitingForAgents"
+    INVALID_SPEC = "InvalidSpec"
+    AGENT_TEMPLATE_INVALID = "AgentTemplateInvalid"
+    RELEASING = "Releasing"
+    RELEASE_STUCK = "ReleaseStuck"
+    RELEASED = "Released"
+    # Enforced
+    CAPPED = "Capped"
+    NO_CLOCK = "NoClock"
+    # Progressing
+    ROLLING_OUT = "RollingOut"
+    ROLLOUT_PAUSED = "RolloutPaused"
+    ROLLED_OUT = "RolledOut"
+    UP_TO_DATE = "UpToDate"
+    # GuardrailTripped
+    BREACHED = "Breached"
+    WITHIN_LIMITS = "WithinLimits"
+    # ClockClamped
+    BELOW_REQUEST = "BelowRequest"
+    AS_REQUESTED = "AsRequested"
+    NOT_OBSERVED = "NotObserved"
+    # PowerCapBinding
+    BINDING = "Binding"
+    INERT = "Inert"
+    UNKNOWN = "Unknown"
+    # Conflict
+    NO_CONFLICT = "NoConflict"
+    # Verified
+    NO_DECODE_POOL = "NoDecodePool"
+    # Events alone
+    TUNING_ARM = "TuningArm"
+    TUNED = "Tuned"
+    TUNING_ANEW = "TuningAnew"
+    PROFILE_ROW = "ProfileRow"
+
+
 class ConditionType(StrEnum):
     """Condition types of an EnergyPolicy."""
 

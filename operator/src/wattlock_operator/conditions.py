@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from wattlock_api.base import Condition, timestamp
 from wattlock_api.constants import (
+    ConditionReason,
     ConditionType,
     ConflictPolicy,
     Mode,
@@ -112,32 +113,34 @@ def _ready(facts: Facts) -> Finding:
     kind = ConditionType.READY
     policy = facts.policy
     if facts.release is not None:
-        reason = "ReleaseStuck" if facts.release.stuck else "Releasing"
-        reason = "Released" if facts.release.complete else reason
-        return Finding(kind, False, reason, release_sentence(policy, facts.release))
+        going = ConditionReason.RELEASE_STUCK if facts.release.stuck else ConditionReason.RELEASING
+        going = ConditionReason.RELEASED if facts.release.complete else going
+        return Finding(kind, False, going, release_sentence(policy, facts.release))
     if policy.spec is None:
-        return Finding(kind, False, "InvalidSpec", f"this operator does not understand the policy ({policy.problem})")
+        text = f"this operator does not understand the policy ({policy.problem})"
+        return Finding(kind, False, ConditionReason.INVALID_SPEC, text)
     if facts.refusal is not None:
         return Finding(kind, False, facts.refusal.reason.value, facts.refusal.message)
     if facts.template_problem:
-        return Finding(kind, False, "AgentTemplateInvalid", facts.template_problem)
+        return Finding(kind, False, ConditionReason.AGENT_TEMPLATE_INVALID, facts.template_problem)
     if facts.disputes:
         return Finding(kind, False, Reason.POLICY_CONFLICT.value, _dispute_sentence(facts))
     found = _reason_in(facts.pools, _NOT_READY)
     if found is not None:
         reason, message = found
         starting = facts.young and reason in (Reason.NO_AGENT.value, Reason.AGENT_SILENT.value)
-        return Finding(kind, False, "WaitingForAgents" if starting else reason, message)
+        return Finding(kind, False, ConditionReason.WAITING_FOR_AGENTS if starting else reason, message)
     if facts.lagging_nodes:
-        return Finding(kind, False, "WaitingForAgents", _lagging_sentence(facts))
+        return Finding(kind, False, ConditionReason.WAITING_FOR_AGENTS, _lagging_sentence(facts))
     if (rolled_back := _rolling(facts, RolloutPhase.ROLLED_BACK)) is not None:
         name, rollout = rolled_back
         return Finding(kind, False, Reason.ROLLED_BACK.value, f"pool {name}: {rollout.message}"[:1024])
     if policy.spec.mode is Mode.OBSERVE:
-        return Finding(kind, True, "Observing", "all selected pods are measured; mode Observe caps nothing")
+        text = "all selected pods are measured; mode Observe caps nothing"
+        return Finding(kind, True, ConditionReason.OBSERVING, text)
     if (damaged := _reason_in(facts.pools, (Reason.JOURNAL_DAMAGED,))) is not None:
         return Finding(kind, True, damaged[0], f"the agents have acted on every order, but {damaged[1]}")
-    return Finding(kind, True, "InForce", "the agents have acted on every order")
+    return Finding(kind, True, ConditionReason.IN_FORCE, "the agents have acted on every order")
 
 
 def _lagging_sentence(facts: Facts) -> str:
@@ -156,14 +159,15 @@ def _dispute_sentence(facts: Facts) -> str:
 def _enforced(facts: Facts) -> Finding:
     kind, spec = ConditionType.ENFORCED, facts.policy.spec
     if facts.release is not None or spec is None:
-        return Finding(kind, False, "Releasing" if facts.release else "InvalidSpec", "no GPU is to be capped")
+        going = ConditionReason.RELEASING if facts.release else ConditionReason.INVALID_SPEC
+        return Finding(kind, False, going, "no GPU is to be capped")
     if spec.mode is Mode.OBSERVE:
         return Finding(
             kind, False, Reason.OBSERVE_MODE.value, "mode is Observe: write mode: Enforce to cap the pools with a clock"
         )
     pools = [pool for pool in facts.pools if pool.name in spec.capped_pools]
     if not pools:
-        return Finding(kind, False, "NoClock", "no pool has a clock: nothing is to be capped")
+        return Finding(kind, False, ConditionReason.NO_CLOCK, "no pool has a clock: nothing is to be capped")
     capped = sum(pool.capped for pool in pools)
     gpus = sum(pool.gpus for pool in pools)
     searching = [pool.name for pool in pools if _on_arms(pool)]
@@ -174,7 +178,7 @@ def _enforced(facts: Facts) -> Finding:
             )
             return Finding(kind, True, Reason.TUNING.value, text[:1024])
         text = "every GPU of the pools with a clock is capped (or in a control epoch, or idle under a lower cap)"
-        return Finding(kind, True, "Capped", text)
+        return Finding(kind, True, ConditionReason.CAPPED, text)
     others = [
         (entry.gpus, entry.reason, f"pool {pool.name}: {entry.message}")
         for pool in pools
@@ -207,7 +211,7 @@ def _follow_arms(pool: PoolStatus) -> int:
 def _progressing(facts: Facts) -> Finding:
     kind = ConditionType.PROGRESSING
     if facts.release is not None and not facts.release.complete:
-        return Finding(kind, True, "Releasing", release_sentence(facts.policy, facts.release))
+        return Finding(kind, True, ConditionReason.RELEASING, release_sentence(facts.policy, facts.release))
     for phase, reason in _ROLLOUT_REASONS.items():
         if (found := _rolling(facts, phase)) is not None:
             name, rollout = found
@@ -218,15 +222,18 @@ def _progressing(facts: Facts) -> Finding:
         text = f"the clock of pool {', '.join(searching)} is being found: tuning in status.pools says how far it is"
         return Finding(kind, True, Reason.TUNING.value, text[:1024])
     if facts.lagging_nodes:
-        return Finding(kind, True, "WaitingForAgents", _lagging_sentence(facts))
+        return Finding(kind, True, ConditionReason.WAITING_FOR_AGENTS, _lagging_sentence(facts))
     rolled_out = any(pool.rollout is not None and pool.rollout.steps for pool in facts.pools)
     if rolled_out and _rolling(facts, RolloutPhase.ROLLED_BACK) is None:
-        return Finding(kind, False, "RolledOut", "every instance has the clock that its pool asks for")
-    return Finding(kind, False, "UpToDate", "nothing is under way")
+        return Finding(kind, False, ConditionReason.ROLLED_OUT, "every instance has the clock that its pool asks for")
+    return Finding(kind, False, ConditionReason.UP_TO_DATE, "nothing is under way")
 
 
 #: Why Progressing is true while the clock of a pool is rolled out.
-_ROLLOUT_REASONS = {RolloutPhase.PAUSED: "RolloutPaused", RolloutPhase.PROGRESSING: "RollingOut"}
+_ROLLOUT_REASONS = {
+    RolloutPhase.PAUSED: ConditionReason.ROLLOUT_PAUSED,
+    RolloutPhase.PROGRESSING: ConditionReason.ROLLING_OUT,
+}
 
 
 def _rolling(facts: Facts, phase: RolloutPhase) -> tuple[str, RolloutStatus] | None:
@@ -247,11 +254,11 @@ def _guardrail(facts: Facts) -> Finding:
         return Finding(
             kind,
             True,
-            "Breached",
+            ConditionReason.BREACHED,
             f"{len(tripped)} instance(s) are released, e.g. {tripped[0].instance}: {tripped[0].guardrail_message} "
             "Raise the cap or widen the guardrail if this comes again",
         )
-    return Finding(kind, False, "WithinLimits", "no instance breaks the guardrail")
+    return Finding(kind, False, ConditionReason.WITHIN_LIMITS, "no instance breaks the guardrail")
 
 
 def _clamped(facts: Facts) -> Finding:
@@ -263,13 +270,13 @@ def _clamped(facts: Facts) -> Finding:
         return Finding(
             kind,
             True,
-            "BelowRequest",
+            ConditionReason.BELOW_REQUEST,
             f"{first.clamped_gpus} GPU(s) of pool {first.name} run below the cap under load{clocks} while no limiter "
             "acts: the firmware holds the clock down. Ask for a lower cap to know what you get",
         )
     if any(pool.observed_mhz is not None for pool in facts.pools):
-        return Finding(kind, False, "AsRequested", "capped GPUs run at the clock that was asked for")
-    return Finding(kind, None, "NotObserved", "no capped GPU was busy yet")
+        return Finding(kind, False, ConditionReason.AS_REQUESTED, "capped GPUs run at the clock that was asked for")
+    return Finding(kind, None, ConditionReason.NOT_OBSERVED, "no capped GPU was busy yet")
 
 
 def _power_cap(facts: Facts) -> Finding:
@@ -280,10 +287,12 @@ def _power_cap(facts: Facts) -> Finding:
     if binding:
         names = ", ".join(pool.name for pool in binding)
         text = f"the GPUs' power limit holds clocks down in pool {names}: powerCap in status.pools says how often"
-        return Finding(kind, True, "Binding", text[:1024])
+        return Finding(kind, True, ConditionReason.BINDING, text[:1024])
     if any(pool.power_cap.verdict is PowerCapVerdict.INERT for pool in pools):
-        return Finding(kind, False, "Inert", "the power limit held clocks down for at most 1 % of the busy time")
-    return Finding(kind, None, "Unknown", "the GPUs were not busy long enough to say")
+        return Finding(
+            kind, False, ConditionReason.INERT, "the power limit held clocks down for at most 1 % of the busy time"
+        )
+    return Finding(kind, None, ConditionReason.UNKNOWN, "the GPUs were not busy long enough to say")
 
 
 def _conflict(facts: Facts) -> Finding:
@@ -299,7 +308,7 @@ def _conflict(facts: Facts) -> Finding:
     if facts.overruled:
         return Finding(ConditionType.CONFLICT, True, Reason.PLACEMENT_OVERLAP.value, facts.overruled)
     text = "every selected pod belongs to one pool, and no other program is seen to set its clock"
-    return Finding(ConditionType.CONFLICT, False, "NoConflict", text)
+    return Finding(ConditionType.CONFLICT, False, ConditionReason.NO_CONFLICT, text)
 
 
 def _suspicion(facts: Facts, reason: Reason) -> str:
@@ -347,7 +356,9 @@ def _verified(facts: Facts) -> Finding:
     kind = ConditionType.VERIFIED
     found = [(pool.name, pool.savings) for pool in facts.pools if pool.savings is not None]
     if not found:
-        return Finding(kind, None, "NoDecodePool", "the policy has no pool with a clock, so nothing is compared")
+        return Finding(
+            kind, None, ConditionReason.NO_DECODE_POOL, "the policy has no pool with a clock, so nothing is compared"
+        )
     if searching := _searching(facts):
         # The verdict on each arm comes and goes with it: status.pools has it, beside what the tuner makes of it.
         text = (
@@ -384,7 +395,7 @@ def dated(
                 {
                     "type": finding.type.value,
                     "status": status,
-                    "reason": finding.reason,
+                    "reason": str(finding.reason),
                     "message": finding.message[:1024],
                     "lastTransitionTime": previous.last_transition_time
                     if same and previous is not None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from wattlock_api.base import Condition
-from wattlock_api.constants import ConditionType, Reason
+from wattlock_api.constants import ConditionReason, ConditionType, Reason
 from wattlock_api.policystatus import PoolStatus
 
 from wattlock_operator.world import PolicyView
@@ -27,7 +27,13 @@ _TROUBLE = {
     ConditionType.CONFLICT,
 }
 #: Of Progressing only the rollout is told: the rest is told by Ready already.
-_ROLLOUT = ("RollingOut", "RolloutPaused", "RolledOut")
+_ROLLOUT = (ConditionReason.ROLLING_OUT, ConditionReason.ROLLOUT_PAUSED, ConditionReason.ROLLED_OUT)
+#: What is told of a tuner that comes into a phase; of any other that it begins anew.
+_TUNING: Mapping[str, str] = {
+    "Searching": ConditionReason.TUNING_ARM,
+    "Settled": ConditionReason.TUNED,
+    "Released": Reason.NO_CLOCK_PAYS,
+}
 #: Why Enforced is not true (yet), as far as Ready tells it or it passes by itself within seconds.
 _TOLD_BY_READY = {
     Reason.NO_AGENT,
@@ -107,7 +113,7 @@ def _is_warning(condition: Condition) -> bool:
         return condition.status == "True"
     if condition.type == ConditionType.VERIFIED:
         return condition.reason == Reason.CAP_COSTS_ENERGY
-    routine = ("WaitingForAgents", "Releasing", "Released")
+    routine = (ConditionReason.WAITING_FOR_AGENTS, ConditionReason.RELEASING, ConditionReason.RELEASED)
     return condition.type == ConditionType.READY and condition.status == "False" and condition.reason not in routine
 
 
@@ -128,9 +134,7 @@ def tell_tuning(
             continue
         if now.phase == "Starting" and last is None:
             continue  # the policy was just written
-        reason = {"Searching": "TuningArm", "Settled": "Tuned", "Released": Reason.NO_CLOCK_PAYS.value}.get(
-            now.phase, "TuningAnew"
-        )
+        reason = _TUNING.get(now.phase, ConditionReason.TUNING_ANEW)
         told = told.after(policy.uid, reason, now_seconds)
         tellings.append(Telling(policy, False, reason, f"pool {pool.name}: {now.message}"[:1024]))
     return tuple(tellings), told
@@ -162,9 +166,9 @@ def tell_profiles(
             f"{each.cap_mhz} MHz instead of {old[each.product]} MHz for {each.product} (row {each.row})"
             for each in moved
         )
-        told = told.after(policy.uid, "ProfileRow", now_seconds)
+        told = told.after(policy.uid, ConditionReason.PROFILE_ROW, now_seconds)
         text = f"pool {pool.name}: ClockProfile {now.name} asks for {rows}{why}"
-        tellings.append(Telling(policy, False, "ProfileRow", text[:1024]))
+        tellings.append(Telling(policy, False, ConditionReason.PROFILE_ROW, text[:1024]))
     return tuple(tellings), told
 
 
@@ -180,7 +184,7 @@ def tell(
     for condition in after:
         if not _worth_telling(condition, known.get(condition.type)):
             continue
-        # Reason and condition: one word such as Releasing serves several conditions.
+        # Whatever the condition: one word such as Releasing is that of several, and is told once.
         key = (policy.uid, condition.reason)
         if now_seconds - told.reasons.get(key, -REPEAT_SECONDS) < REPEAT_SECONDS:
             continue

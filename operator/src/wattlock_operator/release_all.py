@@ -139,8 +139,10 @@ def run(settings: Settings, kube: Kube, timeout_seconds: float, out: TextIO) -> 
     if locked or agents_left:
         nodes = ", ".join(locked or agents_left)
         hook.say(
-            f"a lock may remain on: {nodes}. Bring these nodes back, or reset them by hand with "
-            "'nvidia-smi --reset-gpu-clocks' (a reboot does it, too), then run this again"
+            f"a lock may remain on: {nodes}. Where a node can come back: bring it back, start the operator (kubectl -n "
+            f"{settings.namespace} scale deployment {settings.deployment} --replicas=1), wait until kubectl get "
+            "nodeenergy shows no lock there, and run this again. Where it cannot: reset its GPUs by hand (nvidia-smi "
+            "--reset-gpu-clocks, or a reboot), say so with kubectl delete nodeenergy NODE, and run this again"
         )
         return 1
     hook.say("every GPU is released")

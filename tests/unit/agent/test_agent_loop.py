@@ -195,8 +195,15 @@ def test_bad_settings_end_the_command_with_a_sentence(capsys, monkeypatch):
 
 
 def test_reset_without_records_needs_no_driver(capsys, tmp_path):
-    assert main(["reset", "--state-dir", str(tmp_path / "state")]) == 0
-    assert "no lock" in capsys.readouterr().out
+    assert main(["reset", "--state-dir", str(tmp_path)]) == 0
+    assert f"no lock of Wattlock is recorded in {tmp_path}" in capsys.readouterr().out
+
+
+def test_reset_of_a_folder_that_is_not_there_reassures_nobody(capsys, tmp_path):
+    missing = tmp_path / "state"
+    assert main(["reset", "--state-dir", str(missing)]) == 2
+    assert f"there is no folder {missing} here" in capsys.readouterr().err
+    assert not missing.exists()
 
 
 class PageOnRequest:

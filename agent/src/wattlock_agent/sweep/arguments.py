@@ -1,6 +1,7 @@
 """The arguments of ``wattlock-agent sweep``."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     result.add_argument("--out", type=Path, help="directory for the result; must be empty or absent")
     result.add_argument("--label", help="name of this run (default: the architecture, else the model)")
     result.add_argument(
-        "--architecture", type=Architecture, choices=list(Architecture), help="of the model, for the profile's row"
+        "--architecture", choices=[each.value for each in Architecture], help="of the model, for the profile's row"
     )
     result.add_argument(
         "--max-loss-percent", type=_seconds, default=1.0, help="of throughput, for the profile (default: 1)"
@@ -94,9 +95,9 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _number(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isascii() and text.isdigit() and len(text) <= 7 else 0
     if not 1 <= value <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text}: write a whole number from 1 to 1000000")
+        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number from 1 to 1000000")
     return value
 
 
@@ -109,7 +110,10 @@ def _points(text: str) -> tuple[int, ...]:
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-    return _some(text, Shape)
+    try:
+        return _some(text, Shape)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write {' or '.join(Shape)}, or both with a comma") from None
 
 
 def _some(text: str, convert: Callable[[str], _Value]) -> tuple[_Value, ...]:
@@ -120,7 +124,10 @@ def _some(text: str, convert: Callable[[str], _Value]) -> tuple[_Value, ...]:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0.1 <= value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text}: write a number from 0.1 to 3600")
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number from 0.1 to 3600")
     return value
