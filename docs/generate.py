@@ -25,7 +25,7 @@ them for at most 32 GPUs and 256 serving instances of its node. When a pod, poli
 next scrape; counters with a `pod` label begin anew with the next holder of the GPU.
 
 With a scrape configuration of your own set `honor_labels: true`, as the chart's PodMonitors do: else Prometheus puts
-the namespace and pod of whoever is scraped in the place of ours, and keeps ours as `exported_namespace`, `exported_pod`.
+the namespace and pod of whoever is scraped in the place of ours, which become `exported_namespace` and `exported_pod`.
 """
 
 _OPERATOR = """\

@@ -203,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
         def cut() -> None:
             while not ended.wait(0.1):
                 if broken.is_set():
-                    with contextlib.suppress(OSError, AttributeError):
+                    with contextlib.suppress(OSError, AttributeError, ValueError):  # it may have ended just now
                         self.connection.shutdown(2)
                         response.shutdown()
                     return

@@ -86,7 +86,7 @@ def worlds(draw):
                 recorded=recorded,
                 left_idle=recorded and lock is None and not undone and draw(st.booleans()),
                 undone=undone,
-                fault=draw(refusals(Reason.GPU_LOST)),
+                fault=draw(refusals(Reason.GPU_LOST) | refusals(Reason.NVML_ERROR)),
                 refused=draw(refusals(Reason.NO_PERMISSION)),
                 conflict=draw(refusals(Reason.OTHER_WRITER)),
                 contested=draw(st.sampled_from(["", "", "", "another program sets its clock"])),

@@ -5,7 +5,7 @@ succeeded. So whatever ends the process between two calls, a lock always has its
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 RETRY_RELEASE_SECONDS = 2.0
 RETRY_JOURNAL_SECONDS = 30.0
+RETRY_UNLISTED_SECONDS = 5.0
 MAX_TRANSIENT_LOCKS = 3
 
 #: The driver refused: it did nothing, and will not do it until something changes.
@@ -68,6 +69,8 @@ class _Held:
     release_problem: str = ""
     undone: bool = False
     """The driver has reset the GPU since our last lock."""
+    unlisted_lost: bool = False
+    """It is not listed, and the driver said that it is lost when it was to be reset."""
     writes: int = 0
 
 
@@ -211,6 +214,34 @@ class Actuator:
         for decision, lock in locks:
             self._lock(decision, lock, now_seconds, unix_seconds)
         return tried or bool(locks)
+
+    def release_unlisted(self, listed: Set[str], now_seconds: float) -> frozenset[str]:
+        """Undo the locks of GPUs that the driver does not list (any more): whose they are cannot be seen.
+
+        Returns:
+            Those that may still be locked. A lost GPU is not among them: it comes back without its lock, if at all.
+        """
+        left: set[str] = set()
+        for uuid in self.records().keys() - listed:
+            held = self._held.setdefault(uuid, _Held())
+            if now_seconds >= held.release_not_before_seconds:
+                held.unlisted_lost = False
+                try:
+                    if not held.undone:
+                        self._writer.reset(uuid)
+                except GpuError as error:
+                    _log.warning("gpu=%s is not listed by the driver, and its release failed: %s", uuid, error)
+                    held.release_not_before_seconds = now_seconds + RETRY_UNLISTED_SECONDS
+                    held.unlisted_lost = error.fault is GpuFault.GPU_LOST
+                else:
+                    _log.warning("gpu=%s released: the driver does not list it any more", uuid)
+                    held.lock = None
+                    held.writes += not held.undone
+                    held.undone = True
+                    self._forget(uuid, now_seconds)
+            if uuid in self.records() and not held.unlisted_lost:
+                left.add(uuid)
+        return frozenset(left)
 
     def release_all(self) -> None:
         """Undo every lock that the journal knows, trying all of them.

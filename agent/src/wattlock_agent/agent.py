@@ -99,6 +99,8 @@ class Agent:
         self._scan = Scan(0, None)
         self._scanned_at_seconds = float("-inf")
         self._silent: dict[str, int] = defaultdict(int)
+        self._unlisted: frozenset[str] = frozenset()
+        """GPUs with a record that the driver does not list, and that could not be reset yet."""
         self._before: NodeEnergyStatus | None = None
         self._settled_generation = 0
         self.stopping = False
@@ -227,6 +229,8 @@ class Agent:
                 _log.warning("the status of an earlier agent cannot be read, statistics begin anew: %.300s", error)
         if event.orders == self._orders:
             return False
+        # A NodeEnergy that was deleted and made anew counts from 1: what was settled of the one before is none of its.
+        self._settled_generation = min(self._settled_generation, event.orders.generation - 1)
         self._orders = event.orders
         self._orders_at_seconds = clock.now_seconds
         self._holders_asked_seconds = float("-inf")
@@ -308,6 +312,9 @@ class Agent:
                     self.actuator.lock_lost(gpu.uuid, clock.now_seconds)
                     if gpu.uuid in self.tracks:  # it comes back with a reset, if at all
                         self.tracks[gpu.uuid].interrupt()
+        if scan.driver is not None and self._mode is Mode.ENFORCE and scan.may_write:
+            listed = {gpu.uuid for gpu in scan.gpus}
+            self._unlisted = self.actuator.release_unlisted(listed, clock.now_seconds)
 
     def _track(self, uuid: str, clock: Clock) -> None:
         """Add the reading to what is known of the GPU, and act on what it says about our lock."""
@@ -360,6 +367,8 @@ class Agent:
         """Whether nothing is left to do for the present orders; needs the kubelet's word from after they came."""
         if world.other_agent:  # what it has locked is not known here
             return False
+        if self._mode is Mode.ENFORCE and (not self._journal_known or self._unlisted):
+            return False  # a lock may stand that nobody has looked at
         if world.pending or not all(decision.settled for decision in decisions.values()):
             return False
         if not self._scan.gpus:  # no driver: all is refused, but a lock of before may still be there

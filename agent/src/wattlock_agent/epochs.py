@@ -92,7 +92,7 @@ def judge_epoch(
     if seconds < MIN_SAMPLES_SHARE * window_seconds:
         return too_few
     tokens, joules = last.generated_tokens - first.generated_tokens, last.joules - first.joules
-    if joules <= 0 or (needs_tokens and tokens <= 0):
+    if joules <= 0 or (needs_tokens and tokens < 1):
         return Drop.NO_TOKENS
     return EpochResult(seconds, joules, tokens, _mean_latency_seconds(first, last))
 

@@ -31,7 +31,9 @@ class PromptEvidence:
 def add_work(evidence: PromptEvidence, work: Work) -> PromptEvidence:
     """Return the evidence after a scrape."""
     kept = tuple(each for each in evidence.recent if work.at_seconds - each.at_seconds <= WINDOW_SECONDS)
-    recent = (*kept[-63:], work)
+    # While an instance is idle pages come four times a second, all alike: begin and end of a lull say all about it.
+    lull = len(kept) > 1 and _tokens(kept[-2]) == _tokens(kept[-1]) == _tokens(work)
+    recent = (*(kept[:-1] if lull else kept[-63:]), work)
     evidence = replace(evidence, recent=recent)
     first = recent[0]
     if work.at_seconds - first.at_seconds < WINDOW_SECONDS - _SLACK_SECONDS:
@@ -41,6 +43,10 @@ def add_work(evidence: PromptEvidence, work: Work) -> PromptEvidence:
     if total <= 0 or computed / total <= MAX_COMPUTED_SHARE:
         return evidence
     return replace(evidence, last_exceeded_seconds=work.at_seconds)
+
+
+def _tokens(work: Work) -> tuple[float, float]:
+    return work.computed_prompt_tokens, work.generated_tokens
 
 
 def restarted(evidence: PromptEvidence) -> PromptEvidence:

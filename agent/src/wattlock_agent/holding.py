@@ -58,6 +58,7 @@ class Holdings:
         ``before`` is what an earlier agent had reported of the GPU.
         """
         uuid, holder_uid = reading.uuid, order.pod_uid if order else ""
+        self._owners[uuid] = key_of(order) if order else None  # the same pod may now be another policy's
         old = self.tracks.get(uuid)
         if old is not None and old.holder_uid == holder_uid:
             return
@@ -72,7 +73,6 @@ class Holdings:
             track = GpuTrack(holder_uid, None if uuid in self._resumed else before)
         if holder_uid:
             self._resumed.add(uuid)
-        self._owners[uuid] = key_of(order) if order else None
         self.tracks[uuid] = track
         track.add(reading, None, 1, None)
 

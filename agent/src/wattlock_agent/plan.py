@@ -248,7 +248,8 @@ def _released(world: World, verdict: _Verdict, refusal: Refusal) -> Decision:
     decision = Decision(
         gpu.identity.uuid, refusal.state, refusal.reason, refusal.message, None, verdict.order, requested_mhz
     )
-    if not gpu.recorded or gpu.fault is not None:
+    # A lost GPU cannot be reset, and comes back without its lock. One whose readings fail can: that is another call.
+    if not gpu.recorded or (gpu.fault is not None and gpu.fault.reason == Reason.GPU_LOST):
         return decision
     if gpu.conflict is not None:
         return replace(decision, action=Forget())

@@ -57,7 +57,9 @@ class Roster:
             self.tracks[key].credit(joules)
         elif key in self._parted and joules > 0:
             parted = self._parted[key]
-            total = decimal_string(float(parted.status.energy_joules or 0) + joules, 1)
+            if parted.status.energy_joules is None:  # of some of its GPUs it was not known
+                return
+            total = decimal_string(float(parted.status.energy_joules) + joules, 1)
             self._parted[key] = replace(parted, status=parted.status.model_copy(update={"energy_joules": total}))
 
     def ticked(self, clock: Clock, decisions: Iterable[Decision], tracks: Mapping[str, GpuTrack]) -> None:

@@ -166,3 +166,17 @@ def test_statistics_and_trips_go_on_after_a_restart_of_the_agent(make_node, make
     assert after.guardrail_tripped
     assert node.locked() == set()
     assert float(after.energy_joules) >= float(before.energy_joules)
+
+
+def test_a_pod_that_computes_prompts_in_bursts_is_seen_through_the_rests_in_which_it_is_idle(make_node, make_order):
+    node = make_node(gpus=1)
+    node.order(make_order(idle={"afterSeconds": 10}))
+    node.prompt_share = 1.0
+    seen = set()
+    for _ in range(8):
+        node.work()
+        node.run(20, 0.25)
+        seen.add(node.reasons()["GPU-0"])
+        node.rest()
+        node.run(30, 0.25)
+    assert "ComputesPrompts" in seen

@@ -210,6 +210,19 @@ def test_a_refused_lock_is_not_tried_again_until_the_order_changes(make_node, ma
     assert node.driver.locks == {"GPU-0": (345, 1500)}
 
 
+def test_what_was_settled_of_a_node_energy_is_not_of_the_one_that_is_made_anew(make_node, make_order):
+    node = make_node(gpus=1)
+    node.order(make_order(), generation=7)
+    node.run(2)
+    assert node.agent.outlook.settled_generation == 7
+    node.order(make_order(capMHz=1200), generation=1)
+    node.run(1)
+    assert node.reasons() == {"GPU-0": "WaitingToWrite"}
+    assert node.agent.outlook.settled_generation < 1
+    node.run(10)
+    assert node.agent.outlook.settled_generation == 1
+
+
 def test_another_clock_that_is_refused_leaves_the_record_of_the_lock_before_and_it_is_undone(make_node, make_order):
     node = make_node()
     node.order(make_order(capMHz=1590))

@@ -1,5 +1,6 @@
 """Whose energy and whose tokens: GPUs that change hands, pods that come and go, roles, idle instances."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,28 @@ def test_an_engine_that_estimates_nothing_has_no_intensity():
     rates = work_rates([scrape(page, 0.0), scrape(page, 5.0)], 0, 6.0)
     assert "estimated_gigaflops" not in rates
     assert (rates["waiting_requests"], rates["kv_cache_usage_percent"]) == (10, "100.0")
+
+
+def test_the_energy_of_a_pod_is_that_of_the_policy_that_selects_it_now(make_node, make_order):
+    node = make_node(gpus=1)
+    node.order(make_order())
+    node.run(30)
+    other = {"namespace": "llm", "name": "other", "uid": "policy-2", "generation": 1}
+    node.order(make_order(policy=other), generation=2)
+    node.run(30)
+    used = {each.policy_uid: float(each.energy_joules or 0) for each in status_of(node).instances}
+    assert used["policy-2"] == pytest.approx(30 * 500, rel=0.05)
+    assert used["policy-1"] == pytest.approx(30 * 500, rel=0.05)
+
+
+def test_an_energy_that_is_not_known_does_not_become_a_number_in_last_words(make_node, make_order):
+    node = make_node(gpus=2)
+    node.pods["GPU-1"] = node.pods["GPU-0"]
+    read = node.driver.read
+    node.driver.read = lambda uuid: replace(read(uuid), energy_mj=None) if uuid == "GPU-1" else read(uuid)
+    node.order(make_order())
+    node.run(20)
+    assert status_of(node).instances[0].energy_joules is None
+    node.order(generation=2)
+    node.run(5)
+    assert all(each.energy_joules is None for each in status_of(node).instances)

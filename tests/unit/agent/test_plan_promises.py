@@ -47,6 +47,10 @@ def may_be_locked(world, gpu):
     return any(clock <= order.cap_mhz for clock in gpu.identity.supported_clocks_mhz)
 
 
+def is_lost(gpu):
+    return gpu.fault is not None and gpu.fault.reason == Reason.GPU_LOST
+
+
 @settings(max_examples=250)
 @given(worlds())
 def test_locks_only_what_was_chosen_and_only_as_far(world):
@@ -80,7 +84,7 @@ def test_undoes_every_lock_that_is_not_wanted_and_no_other(world):
             assert gpu.conflict is None, "another writer's lock is not ours to undo"
         if isinstance(decision.action, Forget):
             assert gpu.conflict is not None
-        can_undo = world.mode is Mode.ENFORCE and world.may_write and gpu.fault is None
+        can_undo = world.mode is Mode.ENFORCE and world.may_write and not is_lost(gpu)
         waits = (world.pending and not world.stopping) or gpu.release_not_before_seconds > world.now_seconds
         wanted = decision.reason in (Reason.LOCKED, Reason.WAITING_TO_WRITE, Reason.IDLE) or (
             decision.reason == Reason.CONTESTED and may_be_locked(world, gpu)
@@ -109,7 +113,7 @@ def test_the_cap_of_idle_instances_stands_only_while_they_are_idle(world):
             assert decision.idle
             assert decision.action.cap_mhz <= snapped(decision.order.idle.cap_mhz or 345)
             assert decision.action.cap_mhz <= decision.order.cap_mhz
-        can_undo = world.mode is Mode.ENFORCE and world.may_write and gpu.fault is None and gpu.conflict is None
+        can_undo = world.mode is Mode.ENFORCE and world.may_write and not is_lost(gpu) and gpu.conflict is None
         fails = gpu.release_not_before_seconds > world.now_seconds
         lower = gpu.left_idle or (gpu.lock is not None and gpu.lock.idle and not decision.idle)
         if lower and can_undo and not fails:

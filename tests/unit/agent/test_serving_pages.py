@@ -269,8 +269,21 @@ def test_any_bytes_give_counters_or_a_failure(page: bytes) -> None:
 
 
 @settings(max_examples=50)
-@given(st.lists(st.floats(min_value=0, max_value=1e15), min_size=1, max_size=8))
+@given(st.lists(st.floats(min_value=0, max_value=1e14), min_size=1, max_size=8))
 def test_the_sum_over_engines_is_exact_whatever_their_order(values: list[float]) -> None:
     lines = [f'vllm:generation_tokens_total{{engine="{n}"}} {value!r}\n' for n, value in enumerate(values)]
     assert counters("".join(lines)).generated_tokens == pytest.approx(sum(values))
     assert counters("".join(reversed(lines))).generated_tokens == pytest.approx(sum(values))
+
+
+@pytest.mark.parametrize("value", ["3e16", "1e300"])
+def test_a_count_that_no_engine_reaches_is_no_count(value: str) -> None:
+    result = parse_page(f"vllm:generation_tokens_total {value}\n".encode(), 1.0)
+    assert isinstance(result, ScrapeFailure)
+    assert result.reason == "MetricsInvalid"
+    assert "no engine ever counts so far" in result.message
+
+
+def test_a_gauge_beyond_all_bounds_is_left_out() -> None:
+    found = counters("vllm:generation_tokens_total 7\nvllm:num_requests_waiting 1e300\n")
+    assert (found.generated_tokens, found.waiting_requests) == (7, None)
