@@ -2,7 +2,6 @@
 
 import pytest
 from wattlock_agent.gpu.base import GpuFault
-from wattlock_agent.holders.base import PodName
 from wattlock_agent.journal import LockRecord, NoJournal
 
 GUARDRAIL = {"maxInterTokenLatencyMs": 50, "cooldownSeconds": 600}
