@@ -7,6 +7,10 @@
 | suspicious | quiet | the next window does not |
 | quiet, suspicious | tripped | pairs of epochs show a larger loss than is allowed, at 99 % confidence |
 | tripped | quiet | the cool-down is over |
+| any | quiet | an order asks for another cap, or has other bounds |
+
+A cool-down outlives the order that it began under: the operator withdraws a cap for a moment for reasons of its own,
+and what breached would breach again.
 
 A relapse soon after a cool-down doubles the next one, so that an instance which cannot stand the cap is slowed
 less and less often, instead of flapping for ever.
@@ -60,6 +64,8 @@ class GuardrailState:
     """Length of the last cool-down."""
     message: str = ""
     trips: int = 0
+    withdrawn: bool = False
+    """Whether the cap was withdrawn since the breach."""
     throughput_ratios: tuple[float, ...] = ()
     """Of the last pairs, at most ten."""
     latency_ratios: tuple[float, ...] = ()
@@ -157,6 +163,17 @@ def trip(state: GuardrailState, guardrail: Guardrail, now_seconds: float, messag
         cooldown_seconds=cooldown_seconds,
         message=f"{message}; released for {cooldown_seconds:.0f} s{text}",
         trips=state.trips + 1,
+    )
+
+
+def without_cap(state: GuardrailState) -> GuardrailState:
+    """Return what is left of a state while the order has no cap: the cool-down; what was seen of the cap is over."""
+    return GuardrailState(
+        tripped_until_seconds=state.tripped_until_seconds,
+        cooldown_seconds=state.cooldown_seconds,
+        message=state.message,
+        trips=state.trips,
+        withdrawn=True,
     )
 
 

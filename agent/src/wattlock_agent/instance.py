@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from wattlock_api.base import decimal_string
 from wattlock_api.constants import GpuState, Mode, Reason, Role
+from wattlock_api.energypolicy import Guardrail
 from wattlock_api.nodeenergy import InstanceStatus, Order
 from wattlock_api.peerpower import PeerPowers
 
@@ -56,7 +57,10 @@ class InstanceTrack:
         self._guardrail = guardrail.GuardrailState(trips=before.guardrail_trips if before else 0)
         self._would_trip = guardrail.GuardrailState()
         """The same rule while it is released for comparison."""
-        self._restore_trip = before.guardrail_message if before and before.guardrail_tripped else ""
+        self._restore_trip = before if before and before.guardrail_tripped else None
+        self._last_cap_mhz: int | None = None
+        """Of the last order that had one."""
+        self._last_bounds: Guardrail | None = None
         self.switchback = Switchback(before)
         self.scrape_failures: dict[str, int] = {}
         self._restarted_seconds = _NEVER_SECONDS
@@ -83,21 +87,32 @@ class InstanceTrack:
             self._forget_scrapes()
         if before and before[0].max_prefill_percent != order.max_prefill_percent:
             self._prefill = prefill.PrefillShare()  # it was about another bound
-        changed = before and (before[0].cap_mhz, before[0].guardrail) != (order.cap_mhz, order.guardrail)
-        if changed and order.cap_mhz is not None:
-            self._guardrail = guardrail.GuardrailState(trips=self._guardrail.trips)
-        if self._restore_trip and order.guardrail is not None:
-            # When it tripped is not known any more: the whole cool-down begins anew.
-            cooldown_seconds = float(order.guardrail.cooldown_seconds)
-            self._guardrail = guardrail.GuardrailState(
-                tripped_until_seconds=clock.now_seconds + cooldown_seconds,
-                cooldown_seconds=cooldown_seconds,
-                message=self._restore_trip,
-                trips=self._guardrail.trips,
-            )
-        self._restore_trip = ""
+        self._follow_guardrail(order, clock.now_seconds)
         if not self._enforced or order.experiment is None:
             self.switchback.configure(None, order.instance, None)
+
+    def _follow_guardrail(self, order: Order, now_seconds: float) -> None:
+        cap_mhz, bounds = order.cap_mhz, order.guardrail
+        if self._restore_trip is not None and bounds is not None:
+            # When it tripped is not known any more: the whole cool-down begins anew.
+            cooldown_seconds = float(bounds.cooldown_seconds)
+            self._guardrail = guardrail.GuardrailState(
+                tripped_until_seconds=now_seconds + cooldown_seconds,
+                cooldown_seconds=cooldown_seconds,
+                message=self._restore_trip.guardrail_message,
+                trips=self._guardrail.trips,
+                withdrawn=self._restore_trip.guardrail_withdrawn,
+            )
+        self._restore_trip = None
+        other_cap = None not in (cap_mhz, self._last_cap_mhz) and cap_mhz != self._last_cap_mhz
+        other_bounds = None not in (bounds, self._last_bounds) and bounds != self._last_bounds
+        if other_cap or other_bounds:
+            # Somebody did something about it: it is tried at once.
+            self._guardrail = guardrail.GuardrailState(trips=self._guardrail.trips)
+        elif cap_mhz is None:
+            self._guardrail = guardrail.without_cap(self._guardrail)
+        self._last_cap_mhz = self._last_cap_mhz if cap_mhz is None else cap_mhz
+        self._last_bounds = self._last_bounds if bounds is None else bounds
 
     def take_peers(self, powers: PeerPowers) -> None:
         """Take in what the operator hands on from the instance's other nodes."""
@@ -279,8 +294,8 @@ class InstanceTrack:
             reason, message = prompts.reason, f"it would not be capped in mode Enforce: {prompts.message}"
         if not reason and (never := idle.why_never(order, self.idle.stillness)):
             reason, message = Reason.IDLE_NOT_TOLD, never
-        hold = self.hold(now_seconds)
-        tripped = hold is not None and hold.reason == Reason.GUARDRAIL
+        # Told without a cap as well: who gives the next one must know that the cool-down runs.
+        tripped = order.guardrail is not None and guardrail.is_tripped(self._guardrail, now_seconds)
         return InstanceStatus(
             key=self.key.text,
             policy_uid=self.key.policy_uid,
@@ -291,6 +306,7 @@ class InstanceTrack:
             computes_prompts=prompts is not None and prompts.reason in (Reason.COMPUTES_PROMPTS, Reason.PREFILL_SHARE),
             guardrail_tripped=tripped,
             guardrail_message=self._guardrail.message if tripped else "",
+            guardrail_withdrawn=tripped and self._guardrail.withdrawn,
             guardrail_trips=self._guardrail.trips,
             energy_joules=decimal_string(self._joules, 1) if self._energy_measured else None,
             arms=self.switchback.arms(),

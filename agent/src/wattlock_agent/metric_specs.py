@@ -165,7 +165,7 @@ INSTANCE_IDLE_CAPPED = MetricSpec(
 )
 GUARDRAIL_TRIPS = MetricSpec("wattlock_guardrail_trips_total", "counter", "", "Breaches of the guardrail", INSTANCE)
 GUARDRAIL_TRIPPED = MetricSpec(
-    "wattlock_guardrail_tripped", "gauge", "", "1 while released because of a breach", INSTANCE
+    "wattlock_guardrail_tripped", "gauge", "", "1 while the cool-down after a breach lasts", INSTANCE
 )
 EXPERIMENT_PAIRS = MetricSpec(
     "wattlock_experiment_pairs_total", "counter", "", "Pairs of epochs measured, over all caps", INSTANCE

@@ -319,9 +319,13 @@ class InstanceStatus(ApiModel):
     """Whether a decode instance computes prompts itself, or a mixed one more of them than its pool allows: then it is
     not capped. Told in Observe as well."""
     guardrail_tripped: bool = False
-    """Whether it is held released because the guardrail was breached."""
+    """Whether it is held released because the guardrail was breached. Stays so until the cool-down ends, also while the
+    order has no cap."""
     guardrail_message: Sentence = ""
     """What was breached, by how much, until when it stays released."""
+    guardrail_withdrawn: bool = False
+    """Whether the operator withdrew the cap since that breach: the cool-down goes on, but nothing was breached under
+    the present order."""
     guardrail_trips: int = 0
     """Breaches so far."""
     energy_joules: PositiveDecimalString | None = "0"

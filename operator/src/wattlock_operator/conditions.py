@@ -243,9 +243,11 @@ def _rolling(facts: Facts, phase: RolloutPhase) -> tuple[str, RolloutStatus] | N
 
 
 def _guardrail(facts: Facts) -> Finding:
+    # In mode Observe the agents go on counting their cool-downs, but there is no cap that anything could be done about.
+    observes = facts.policy.spec is not None and facts.policy.spec.mode is Mode.OBSERVE
     tripped = [
         item.instance
-        for report in facts.reports
+        for report in ([] if observes else facts.reports)
         for item in report.instances
         if item.instance.guardrail_tripped and not item.silent
     ]

@@ -18,7 +18,7 @@ def _candidate(world: World, group: Sequence[Member], cap: Cap) -> Candidate:
     """Return an instance as its rollout sees it; ``group`` are its pods with GPUs."""
     ordered: set[int | None] = set()
     products: set[str] = set()
-    acted, breach = True, ""
+    acted, breach, cools_down = True, "", False
     for member in group:
         node_energy = world.node_energies.get(member.pod.node)
         report = node_energy.status if node_energy else None
@@ -32,7 +32,11 @@ def _candidate(world: World, group: Sequence[Member], cap: Cap) -> Candidate:
             products |= products_of(report, member.pod.uid)
         key = f"{member.policy.uid}/{member.instance}"
         told = next((each for each in report.instances if each.key == key and each.guardrail_tripped), None)
-        breach = breach or (told.guardrail_message if told else "")
+        # A cool-down that began under an order of before is no breach of this one; it only keeps it from being proved.
+        if told is not None and told.guardrail_withdrawn:
+            cools_down = True
+        elif told is not None:
+            breach = breach or told.guardrail_message
     return Candidate(
         name=group[0].instance,
         product=min(products, default=""),
@@ -41,6 +45,7 @@ def _candidate(world: World, group: Sequence[Member], cap: Cap) -> Candidate:
         ordered_mhz=next(iter(ordered)) if len(ordered) == 1 else None,
         acted=acted,
         breach=breach,
+        cools_down=cools_down,
     )
 
 

@@ -43,7 +43,9 @@ class Candidate:
     acted: bool = False
     """Whether its nodes' agents have acted on their newest orders."""
     breach: str = ""
-    """Why the guardrail holds it released; empty: it does not."""
+    """Why the guardrail holds it released since the order; empty: it does not."""
+    cools_down: bool = False
+    """Whether the guardrail holds it released for a breach from before the order."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,9 @@ def _waits(rules: Rollout, first: Sequence[Candidate], turns: Sequence[Candidate
     behind = [each.name for each in first if each.ordered_mhz != each.cap_mhz or not (each.acted or begun)]
     if behind:
         return f"waits for the agents of {len(behind)} instance(s), e.g. {behind[0]}"[:600]
+    cooling = [each.name for each in first if each.cools_down]
+    if cooling:  # released so long: nothing would be proved about them
+        return f"waits for the guardrail's cool-down of {len(cooling)} instance(s), e.g. {cooling[0]}"[:600]
     return ""
 
 

@@ -22,6 +22,7 @@ class Pool:
         self.rules, self.mhz, self.now, self.generation = rules, mhz, NOW, 1
         self.ordered: dict[str, int | None] = {f"d{number}": None for number in range(size)}
         self.breach: dict[str, str] = {}
+        self.cooling: set[str] = set()
         self.not_ready: set[str] = set()
         self.deaf: set[str] = set()
         self.state: RolloutStatus | None = None
@@ -30,7 +31,14 @@ class Pool:
         self.now += seconds
         candidates = [
             Candidate(
-                name, "", self.mhz, name not in self.not_ready, mhz, name not in self.deaf, self.breach.get(name, "")
+                name=name,
+                product="",
+                cap_mhz=self.mhz,
+                ready=name not in self.not_ready,
+                ordered_mhz=mhz,
+                acted=name not in self.deaf,
+                breach=self.breach.get(name, ""),
+                cools_down=name in self.cooling,
             )
             for name, mhz in self.ordered.items()
         ]
@@ -117,6 +125,15 @@ def test_the_hold_time_does_not_run_while_agents_have_not_acted_or_pods_are_not_
     pool.not_ready = set()
     assert len(pool.run(90).capped) == 1, "it begins anew"
     assert len(pool.run(30).capped) == 2
+
+
+def test_the_hold_time_does_not_run_through_a_cool_down_of_before():
+    pool = Pool()
+    pool.cooling = {pool.turns[0]}
+    assert len(pool.run(1000).capped) == 1
+    assert "cool-down of 1 instance(s)" in pool.state.message
+    pool.cooling = {pool.turns[-1]}
+    assert len(pool.run(110).capped) == 2
 
 
 def test_as_many_may_be_not_ready_as_is_allowed():
@@ -292,6 +309,21 @@ def test_the_whole_decision_rolls_out_and_says_so():
     assert "slow" in conditions["Ready"].message
     assert [telling.reason for telling in back.tellings if telling.warning] == ["RolledBack", "Breached"]
     assert all(order.cap_mhz is None for order in orders)
+
+
+def test_a_cool_down_of_before_takes_no_rollout_back():
+    """Enforce, a trip, Observe and Enforce again: the agent goes on with the cool-down of the first time."""
+    decision, orders = settle(SPEC, Memory(), NOW)
+    (first,) = [order.instance for order in orders if order.cap_mhz is not None]
+    cooling = instance(first, guardrail_tripped=True, guardrail_message="slow", guardrail_withdrawn=True)
+    later, orders = settle(SPEC, decision.memory, NOW + 30, instances=[cooling], orders=orders)
+    rollout = later.statuses["uid-qwen"].pools[0].rollout
+    assert (rollout.phase, rollout.step) == (RolloutPhase.PROGRESSING, 1)
+    assert "cool-down" in rollout.message
+    assert [order.instance for order in orders if order.cap_mhz is not None] == [first]
+    breached = cooling.model_copy(update={"guardrail_withdrawn": False})
+    back, orders = settle(SPEC, later.memory, NOW + 60, instances=[breached], orders=orders)
+    assert back.statuses["uid-qwen"].pools[0].rollout.phase is RolloutPhase.ROLLED_BACK
 
 
 def test_observe_has_no_rollout_and_enforce_begins_one():

@@ -179,6 +179,14 @@ def test_a_tripped_guardrail_names_the_instance():
     assert "60 ms" in found.message
 
 
+def test_a_cool_down_is_told_without_a_cap_as_well_but_not_in_mode_observe():
+    cooling = instance(guardrail_tripped=True, guardrail_withdrawn=True, guardrail_message="latency 60 ms.")
+    held = (pod("d0", DECODE), agent_pod("n1"))  # no prefill peer, so no cap
+    assert state(status_of([], [cooling], pods=held), "GuardrailTripped") == ("True", "Breached")
+    observing = policy(spec={"mode": "Observe"})
+    assert state(status_of([], [cooling], [observing]), "GuardrailTripped") == ("False", "WithinLimits")
+
+
 def test_a_clamp_is_a_condition():
     found = condition(status_of([gpu(clamped=True, observed_mhz=1755, requested_mhz=1980)]), "ClockClamped")
     assert (found.status, found.reason) == ("True", "BelowRequest")
