@@ -41,6 +41,8 @@ class Site:
     template: str = "v1"
     batch: float = 32.0
     tripped: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    """Instances whose page cannot be read."""
     now: float = NOW
     memory: Memory = field(default_factory=Memory)
     status: EnergyPolicyStatus | None = None
@@ -67,7 +69,7 @@ class Site:
 
         return instance(
             name,
-            tokens_per_second=decimal_string(self.batch / 0.008, 1),
+            tokens_per_second=None if name in self.unread else decimal_string(self.batch / 0.008, 1),
             inter_token_latency_ms="8.000",
             pair_stats=[stats(cap, row) for cap, row in self.sums[name].items()][-15:],
             guardrail_tripped=name in self.tripped,

@@ -154,6 +154,23 @@ def test_the_guardrail_ends_an_arm_for_the_whole_pool():
     assert min(set(site.asked.values())) > 1260
 
 
+def test_the_pool_stays_released_while_the_agents_tell_of_cool_downs():
+    site = Site()
+    while site.caps[-1:] != [1260]:
+        site.look()
+    site.tripped = PODS[:2]
+    for _ in range(3):
+        site.look()
+        site.memory = Memory()
+    site.unread = PODS  # the agents were restarted, or the engines' pages cannot be read
+    site.look()
+    assert set(site.asked.values()) == {None}
+    assert "cool-down" in site.tuning.message
+    site.tripped, site.unread = (), ()
+    site.look()
+    assert min(set(site.asked.values())) > 1260
+
+
 def test_a_tuner_waits_for_what_it_needs_to_know():
     site = Site()
     site.batch = 0.0  # no tokens

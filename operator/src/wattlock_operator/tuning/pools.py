@@ -141,8 +141,15 @@ def _tallies(ledger: Ledger) -> dict[int, Tally]:
 
 
 def _serving(items: Sequence[NodeInstance]) -> list[NodeInstance]:
-    """Return the instances by the node that counts their tokens."""
-    return [item for item in items if not item.silent and item.instance.tokens_per_second is not None]
+    """Return the instances by the node that counts their tokens.
+
+    One in its cool-down is there although its page cannot be read: else the tuner would not wait for it.
+    """
+    return [
+        item
+        for item in items
+        if not item.silent and (item.instance.tokens_per_second is not None or item.instance.guardrail_tripped)
+    ]
 
 
 def observe(
