@@ -13,7 +13,7 @@ from wattlock_api.tuningstatus import TuningStatus
 from wattlock_operator.decide import Memory
 from wattlock_operator.reports import collect
 from wattlock_operator.tunedrow import tuned_row
-from wattlock_operator.tuning.model import Goal, Tuning
+from wattlock_operator.tuning.model import Goal, Observation, Outcome, Trial, Tuning
 from wattlock_operator.tuning.pools import goal_of, supported_mhz
 from wattlock_operator.tuning.record import from_status, goal_word, to_status
 
@@ -229,6 +229,14 @@ def test_the_memory_survives_a_status_and_odd_ones_are_none():
     assert from_status(None, tuner.goal) == Tuning()
     assert len(json.dumps(status.to_api())) < 12_000
     assert len(goal_word(Goal())) <= 128
+
+
+def test_a_status_never_has_a_cap_twice():
+    """Server-side apply refuses a whole status in which one key of a list is there twice."""
+    arms = [(1575, "Open"), (1260, "Breach"), (1575, "NotShown")]
+    state = Tuning(trials=tuple(Trial(cap_mhz, outcome=Outcome(outcome)) for cap_mhz, outcome in arms))
+    told = to_status(state, Goal(), Observation(0.0, 4))
+    assert [(arm.cap_mhz, arm.outcome) for arm in told.tried] == arms[:2]
 
 
 def test_what_was_found_can_be_written_down_as_a_row():

@@ -10,9 +10,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tuning_world import CLOCKS_MHZ, PoolUnderTest, memory_bound, nothing_saved
 from wattlock_operator.ledger import Tally
-from wattlock_operator.tuning.arms import RESOLUTION
+from wattlock_operator.tuning.arms import RESOLUTION, Confirm, Try, floor_mhz, next_arm
 from wattlock_operator.tuning.evidence import MAX_TRIALS
-from wattlock_operator.tuning.model import TOO_SLOW, Goal, Objective, Observation, Outcome, Phase, Regime, Tuning
+from wattlock_operator.tuning.model import (
+    TOO_SLOW,
+    Goal,
+    Objective,
+    Observation,
+    Outcome,
+    Phase,
+    Regime,
+    Trial,
+    Tuning,
+)
 from wattlock_operator.tuning.step import step
 
 
@@ -113,6 +123,42 @@ def test_after_a_trip_it_waits_for_the_cool_down():
         assert pool.look().cap_mhz is None
     pool.tripped, pool.trips_below_mhz = 0, 0
     assert pool.look().cap_mhz > 1575
+
+
+def sums_of(pairs: int, energy: float, slower: float = 0.0, scatter: float = 0.003) -> Tally:
+    def moments(mean: float) -> tuple[float, float]:
+        return pairs * mean, pairs * (mean**2 + scatter**2)
+
+    return Tally(pairs, moments(energy), moments(-slower), pairs, moments(slower))
+
+
+@pytest.mark.parametrize("lower", [Outcome.ADMITTED, Outcome.OPEN])
+def test_no_cap_is_tried_twice_where_the_guardrail_ended_an_arm_above_an_admitted_one(lower):
+    """What was shown of a cap at or below a breach says nothing about the caps above it."""
+    good = sums_of(72, -0.2)
+    trials = [
+        Trial(1575, sums=good),
+        Trial(1260, sums=good, outcome=Outcome.BREACH, note="the guardrail released 4 of 8 instance(s)"),
+        Trial(1005, sums=good, outcome=lower),
+    ]
+    for _ in range(MAX_TRIALS):
+        found = next_arm(trials, Goal(), CLOCKS_MHZ, 1980, 1980)
+        if not isinstance(found, Try):
+            break
+        assert 1260 < found.cap_mhz < 1575
+        assert found.cap_mhz not in [trial.cap_mhz for trial in trials]
+        trials.append(Trial(found.cap_mhz, sums=sums_of(72, -0.2, slower=0.02), outcome=Outcome.NOT_SHOWN))
+    assert found == Confirm(1575)
+    assert floor_mhz(trials) == max(trial.cap_mhz for trial in trials[1:])
+
+
+def test_an_admitted_cap_above_the_breach_still_excuses_bad_luck():
+    outcomes = {1575: Outcome.OPEN, 1410: Outcome.NOT_SHOWN, 1300: Outcome.ADMITTED, 1260: Outcome.BREACH}
+    trials = [Trial(cap_mhz, sums=sums_of(72, -0.2), outcome=outcome) for cap_mhz, outcome in outcomes.items()]
+    assert floor_mhz(trials) == 1260
+    assert floor_mhz([*trials, Trial(1000, outcome=Outcome.ADMITTED)]) == 1260
+    assert floor_mhz(trials[:2]) == 1410
+    assert floor_mhz(trials[:1]) is None
 
 
 def test_one_instance_of_many_may_trip_by_chance():
@@ -257,7 +303,9 @@ def test_whatever_is_reported_the_tuner_stays_within_what_it_may_do(seed):
         assert cap in supported
         assert (goal.min_mhz or 0) <= cap <= (goal.max_mhz or 5000)
         # Nothing is in force at or below an arm that is too slow.
-        admitted = [trial.cap_mhz for trial in state.trials if trial.outcome is Outcome.ADMITTED]
+        breach = max((trial.cap_mhz for trial in state.trials if trial.outcome is Outcome.BREACH), default=0)
+        outcomes = {trial.cap_mhz: trial.outcome for trial in state.trials}
+        admitted = [mhz for mhz, outcome in outcomes.items() if outcome is Outcome.ADMITTED and mhz > breach]
         for trial in state.trials:
             if trial.outcome is Outcome.NOT_SHOWN and any(mhz < trial.cap_mhz for mhz in admitted):
                 continue

@@ -102,17 +102,15 @@ def floor_mhz(trials: Sequence[Trial]) -> int | None:
     """Return the highest cap that is too slow: nothing at or below it is in question. ``None``: none is.
 
     A lower clock is never faster. So where a cap was admitted, one above it that could not be shown to keep the bounds
-    just had bad luck.
+    just had bad luck. An admitted cap at or below a breach is out of question itself, and speaks for none.
     """
-    admitted = min((trial.cap_mhz for trial in trials if trial.outcome is Outcome.ADMITTED), default=math.inf)
-    return max(
-        (
-            trial.cap_mhz
-            for trial in trials
-            if trial.outcome is Outcome.BREACH or (trial.outcome is Outcome.NOT_SHOWN and trial.cap_mhz < admitted)
-        ),
-        default=None,
+    breach = max((trial.cap_mhz for trial in trials if trial.outcome is Outcome.BREACH), default=0)
+    admitted = min(
+        (trial.cap_mhz for trial in trials if trial.outcome is Outcome.ADMITTED and trial.cap_mhz > breach),
+        default=math.inf,
     )
+    not_shown = [trial.cap_mhz for trial in trials if trial.outcome is Outcome.NOT_SHOWN and trial.cap_mhz < admitted]
+    return max([breach, *not_shown]) or None
 
 
 def in_question(trials: Sequence[Trial]) -> list[Trial]:
@@ -179,14 +177,15 @@ def _lower(trials: Sequence[Trial], goal: Goal, clocks_mhz: Sequence[int], top_m
     if len(trials) >= MAX_TRIALS:
         return None
     lowest, floor = min((trial.cap_mhz for trial in in_question(trials)), default=top_mhz), floor_mhz(trials)
+    tried = {trial.cap_mhz for trial in trials}
     if floor is None:
         target = start_mhz if not trials else STEP * lowest
-        free = [mhz for mhz in clocks_mhz if mhz < lowest]
+        free = [mhz for mhz in clocks_mhz if mhz < lowest and mhz not in tried]
         choice = max((mhz for mhz in free if mhz <= target), default=min(free, default=None))
     else:
         if lowest - floor <= RESOLUTION * lowest:
             return None
-        free = [mhz for mhz in clocks_mhz if floor < mhz < lowest]
+        free = [mhz for mhz in clocks_mhz if floor < mhz < lowest and mhz not in tried]
         middle = (lowest + floor) / 2
         choice = min(free, key=lambda mhz: (abs(mhz - middle), mhz), default=None)
     if choice is None or not _can_gain(trials, goal, top_mhz, choice):

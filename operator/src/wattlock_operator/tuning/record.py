@@ -1,5 +1,6 @@
 """The tuner's memory as status: written for people, read back by a restarted operator. Pure."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from wattlock_api.base import decimal_string, parse_timestamp, timestamp
@@ -44,6 +45,14 @@ def _arm(trial: Trial) -> TuningArm:
         sums=_stats(trial.cap_mhz, trial.sums),
         seen=_stats(trial.cap_mhz, trial.seen),
     )
+
+
+def _arms(trials: Sequence[Trial]) -> list[TuningArm]:
+    """Return the arms, each cap once: the API server would refuse the whole status for one key that is there twice."""
+    arms: dict[int, TuningArm] = {}
+    for trial in trials:
+        arms.setdefault(trial.cap_mhz, _arm(trial))
+    return list(arms.values())
 
 
 def _time(seconds: float | None) -> str | None:
@@ -97,7 +106,7 @@ def to_status(state: Tuning, goal: Goal, seen: Observation) -> TuningStatus:
             products=[product[:128] for product in regime.products[:8]],
             driver_versions=[driver[:64] for driver in regime.drivers[:8]],
         ),
-        tried=[_arm(trial) for trial in state.trials],
+        tried=_arms(state.trials),
         held=None if state.current_mhz is None or not state.held.pairs else _stats(state.current_mhz, state.held),
     )
 
