@@ -59,9 +59,19 @@ class Ledger:
     """Of earlier ones, and of instances that began anew."""
 
     @property
-    def departed(self) -> Tallies:
+    def gone(self) -> Tallies:
         """Sums of all pairs that no agent reports any more."""
         return _added(self.settled, *self.absent.values())
+
+    @property
+    def departed(self) -> Tallies:
+        """What of them status has room for: the caps with most pairs.
+
+        Which caps those are changes as instances leave and come back: who counts from look to look takes all of them.
+        """
+        sums = self.gone
+        kept = sorted(sums, key=lambda cap_mhz: sums[cap_mhz].pairs)[-MAX_CAPS:]
+        return {cap_mhz: sums[cap_mhz] for cap_mhz in sums if cap_mhz in kept}
 
 
 def _added(*all_tallies: Tallies) -> dict[int, Tally]:
@@ -69,8 +79,7 @@ def _added(*all_tallies: Tallies) -> dict[int, Tally]:
     for tallies in all_tallies:
         for cap_mhz, tally in tallies.items():
             sums[cap_mhz] = sums.get(cap_mhz, Tally()) + tally
-    kept = sorted(sums, key=lambda cap_mhz: sums[cap_mhz].pairs)[-MAX_CAPS:]
-    return {cap_mhz: sums[cap_mhz] for cap_mhz in sums if cap_mhz in kept and sums[cap_mhz].pairs}
+    return {cap_mhz: tally for cap_mhz, tally in sums.items() if tally.pairs}
 
 
 def _moments(moments: Moments) -> tuple[float, float]:

@@ -76,6 +76,17 @@ def test_each_cap_is_counted_by_itself():
     assert {cap: tally.pairs for cap, tally in ledger.departed.items()} == {1200: 10}
 
 
+def test_status_has_room_for_the_caps_with_most_pairs_and_memory_for_all():
+    """Whoever counts what came since the last look would count a cap anew that was left out for a while."""
+    ledger = follow(*[report(a=stats(20, cap_mhz=cap_mhz)) for cap_mhz in range(700, 925, 15)], report())
+    assert len(ledger.departed) == 15
+    ledger = follow(report(a=stats(5)), report(), ledger=ledger)
+    assert 1590 not in ledger.departed
+    assert ledger.gone[1590].pairs == 5
+    ledger = follow(*[report(**{name: stats(20)}) for name in "bc"], report(), ledger=ledger)
+    assert (len(ledger.departed), ledger.departed[1590].pairs, ledger.gone[1590].pairs) == (15, 45, 45)
+
+
 def test_a_restarted_operator_goes_on_from_the_status():
     ledger = follow(report(a=10, b=5), report(b=6))
     again = follow(report(b=6), report(), ledger=opening(published(ledger.departed)))

@@ -4,18 +4,21 @@ import json
 from dataclasses import replace
 
 import pytest
+from operator_worlds import instance
 from tuning_site import PODS, Site
 from tuning_world import memory_bound, nothing_saved
 from wattlock_api.constants import ConditionType
 from wattlock_api.energypolicy import Guardrail, Tune
-from wattlock_api.nodeenergy import ClockRange, ProductClocks
+from wattlock_api.nodeenergy import ClockRange, PairStats, ProductClocks
 from wattlock_api.tuningstatus import TuningStatus
 from wattlock_operator.decide import Memory
-from wattlock_operator.reports import collect
+from wattlock_operator.ledger import Ledger, Tally, advance
+from wattlock_operator.reports import NodeInstance, PoolReport, collect
 from wattlock_operator.tunedrow import tuned_row
-from wattlock_operator.tuning.model import Goal, Observation, Outcome, Trial, Tuning
-from wattlock_operator.tuning.pools import goal_of, supported_mhz
+from wattlock_operator.tuning.model import Goal, Observation, Outcome, Phase, Trial, Tuning
+from wattlock_operator.tuning.pools import goal_of, pair_sums, supported_mhz
 from wattlock_operator.tuning.record import from_status, goal_word, to_status
+from wattlock_operator.tuning.step import step
 
 
 def test_the_whole_search_by_orders_and_reports():
@@ -237,6 +240,24 @@ def test_a_status_never_has_a_cap_twice():
     state = Tuning(trials=tuple(Trial(cap_mhz, outcome=Outcome(outcome)) for cap_mhz, outcome in arms))
     told = to_status(state, Goal(), Observation(0.0, 4))
     assert [(arm.cap_mhz, arm.outcome) for arm in told.tried] == arms[:2]
+
+
+def measured(**pairs: int) -> PoolReport:
+    reports = {name: instance(name, pair_stats=[PairStats(cap_mhz=1590, pairs=count)]) for name, count in pairs.items()}
+    return PoolReport(instances=tuple(NodeInstance("n1", each, silent=False) for each in reports.values()))
+
+
+def test_the_pairs_of_an_arm_count_once_whatever_the_pool_measured_before():
+    """Status has room for the sums of 15 caps; an arm of which fewer pods went than of those is not among them."""
+    ledger = Ledger(settled={cap_mhz: Tally(20) for cap_mhz in range(700, 925, 15)})
+    state = Tuning(phase=Phase.SETTLED, since_seconds=0.0, trials=(Trial(1590),), current_mhz=1590)
+    total = 0
+    for look in range(1, 8):
+        pods = {"d0": look} | ({} if look % 2 else {f"d{look}": 10})  # a second pod comes and goes
+        total += 1 + sum(pods.values()) - look
+        ledger = advance(ledger, measured(**pods))
+        state = step(state, Goal(), Observation(float(look), 1, pair_sums(ledger)))
+        assert (state.trials[0].sums.pairs, state.held.pairs) == (total, total)
 
 
 def test_what_was_found_can_be_written_down_as_a_row():

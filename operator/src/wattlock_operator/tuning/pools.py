@@ -132,8 +132,9 @@ def _released_mhz(report: PoolReport) -> int | None:
     return statistics.median_low(clocks) if clocks else None
 
 
-def _tallies(ledger: Ledger) -> dict[int, Tally]:
-    sums = dict(ledger.departed)
+def pair_sums(ledger: Ledger) -> dict[int, Tally]:
+    """Return the sums over all pairs of a pool, by cap: also of those of which status has no room to tell."""
+    sums = dict(ledger.gone)
     for tallies in ledger.present.values():
         for cap_mhz, tally in tallies.items():
             sums[cap_mhz] = sums.get(cap_mhz, Tally()) + tally
@@ -167,7 +168,7 @@ def observe(
     return Observation(
         now_seconds=now_seconds,
         instances=len(serving),
-        tallies=_tallies(ledger),
+        tallies=pair_sums(ledger),
         tripped=sum(item.instance.guardrail_tripped for item in serving),
         regime=_regime(world, members, report),
         released_mhz=_released_mhz(report),
