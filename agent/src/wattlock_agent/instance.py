@@ -71,13 +71,15 @@ class InstanceTrack:
 
     @property
     def _enforced(self) -> bool:
-        order = self._order
-        return order.mode is Mode.ENFORCE and order.may_be_capped and order.cap_mhz is not None
+        return _is_enforced(self._order)
 
     def follow(self, orders: Sequence[Order], clock: Clock) -> None:
         """Follow these orders (at least one), all of this instance."""
         before = self._orders
-        self._orders = tuple(sorted(orders, key=lambda order: (order.pod.namespace, order.pod.name)))
+        # A group of pods may have both roles: the one that may be capped is what has to be watched.
+        self._orders = tuple(
+            sorted(orders, key=lambda each: (not _is_enforced(each), each.pod.namespace, each.pod.name))
+        )
         order = self._order
         url = next((each.metrics_url for each in self._orders if each.metrics_url), None)
         if url != self._url:
@@ -354,3 +356,7 @@ class InstanceTrack:
         self._evidence = evidence.restarted(self._evidence)
         self._prefill = prefill.PrefillShare()
         self.idle.stillness = idle.Stillness()
+
+
+def _is_enforced(order: Order) -> bool:
+    return order.mode is Mode.ENFORCE and order.may_be_capped and order.cap_mhz is not None

@@ -180,3 +180,18 @@ def test_a_pod_that_computes_prompts_in_bursts_is_seen_through_the_rests_in_whic
         node.rest()
         node.run(30, 0.25)
     assert "ComputesPrompts" in seen
+
+
+def test_a_group_of_pods_with_two_roles_is_watched_for_the_one_that_is_capped(make_node, make_order):
+    node = make_node(gpus=2)
+    group = {"instance": "lws/0"}
+    node.order(
+        make_order("decode-0", role="Prefill", pool="prefill", capMHz=None, metricsURL=None, **group),
+        make_order("decode-1", guardrail={"maxInterTokenLatencyMs": 50, "cooldownSeconds": 600}, **group),
+    )
+    node.run(30)
+    assert node.locked() == {"GPU-1"}
+    node.latency_seconds = 0.2
+    node.run(30)
+    assert node.locked() == set()
+    assert node.reasons()["GPU-1"] == "Guardrail"
