@@ -199,6 +199,8 @@ class InstanceTrack:
         self._energy_measured = all(track.meter.measured for track in tracks.values())
         held = {decision.order.pod_uid for decision in decisions if decision.order is not None}
         self._complete = held >= {order.pod_uid for order in self._orders}
+        # Of pods with two roles those that are never capped say nothing about the cap.
+        decisions = [each for each in decisions if each.order is not None and _is_enforced(each.order)] or decisions
         settled = bool(decisions) and all(decision.settled for decision in decisions)
         locked = settled and all(decision.reason == Reason.LOCKED for decision in decisions)
         # A cap that another program keeps undoing is watched by the guardrail while it is there; the epochs of all its
