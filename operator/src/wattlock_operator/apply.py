@@ -285,7 +285,7 @@ class Applier:
             return self._write_status_and_tell(policy, status, tellings.get(policy.uid, ()), now_seconds)
 
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="write") as pool:
-            well &= all(
+            orders_written = list(
                 pool.map(
                     lambda node: self.write_orders(
                         node,
@@ -296,6 +296,8 @@ class Applier:
                     decision.write_orders,
                 )
             )
+            # Looked at when all are tried: to stop at the first that is refused would cancel those that still wait.
+            well &= all(orders_written)
             for node in decision.delete_node_energies:
                 delete = partial(self._kube.delete, api.node_energy_path(node), decision.present[node].uid)
                 well &= self._try("NodeEnergy", "delete", node, delete)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,6 +49,14 @@ class FakeKube(Kube):
 
     def paths(self, method: str) -> list[str]:
         return [path for sent, path, _ in self.requests if sent == method]
+
+
+class SlowKube(FakeKube):
+    """Takes so long that most writes still wait when the first is answered."""
+
+    def request(self, method, path, query=None, body=None, content_type="application/json"):
+        time.sleep(0.002)
+        return super().request(method, path, query, body, content_type)
 
 
 def applier(kube: Kube, is_leading=lambda: True) -> Applier:
@@ -145,6 +154,17 @@ def test_an_overtaken_write_looks_again_at_once_and_is_no_error():
     refused = applier(FakeKube(errors={"PATCH": KubeError("is invalid", 422)}))
     assert not refused.write_orders("n1", (), "", node_energy())
     assert refused._metrics._errors == {"NodeEnergy": 1}
+
+
+def test_a_node_that_is_refused_keeps_no_other_from_its_orders():
+    nodes = [f"n{number:03}" for number in range(100)]
+    pods = [pod(f"d-{node}", DECODE, node=node) for node in nodes] + [pod("p0", PREFILL, nodes[0])]
+    somewhere = world([policy()], pods + [agent_pod(node) for node in nodes], [node_energy("n000")], nodes)
+    kube = SlowKube(errors={"nodeenergies/n000": KubeError("admission webhook denied the request", 400)})
+    well, failed = applier(kube).apply(decide(somewhere, None, Memory(), NOW), NOW)
+    created = {body["metadata"]["name"] for method, path, body in kube.requests if path.endswith("/nodeenergies")}
+    assert created == set(nodes[1:])
+    assert (well, failed) == (False, frozenset()), "it is looked at again soon"
 
 
 def test_finalizers_of_others_stay():
