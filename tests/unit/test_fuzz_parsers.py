@@ -105,6 +105,7 @@ NODE_ENERGY = _good_node_energy()
 
 
 def _explained(decision: Decision) -> None:
+    assert decision.failures == ()
     for status in decision.statuses.values():
         assert status.conditions
         for condition in status.conditions:

@@ -16,7 +16,7 @@ from wattlock_operator.placement import DaemonSets, TemplateError, plan_daemon_s
 from wattlock_operator.release import Release, locked_uuids, release_of
 from wattlock_operator.reports import PoolKey, collect
 from wattlock_operator.selection import select
-from wattlock_operator.status import report_policy, urgent_change
+from wattlock_operator.status import report_policy, unchanged_report, urgent_change
 from wattlock_operator.tuning.pools import Tuner, tune_pools
 from wattlock_operator.work import Watch, watch_pools
 from wattlock_operator.world import NodeEnergyView, PolicyView, World
@@ -56,6 +56,8 @@ class Memory:
     works: Mapping[PoolKey, Watch] = field(default_factory=dict)
     powers_at: Mapping[str, float] = field(default_factory=dict)
     """When the annotation about power on other nodes was last written, by node."""
+    failed: frozenset[str] = frozenset()
+    """UIDs of the policies whose status could not be made at the last look."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Decision:
     tellings: tuple[Telling, ...]
     released: frozenset[str]
     """UIDs of deleted policies that may go."""
+    failures: tuple[tuple[PolicyView, Exception], ...]
+    """Policies whose status could not be made, so that it stays as it was."""
     again_soon: bool
     """Whether a status waits only for STATES_SECONDS to pass, or for its turn."""
     memory: Memory
@@ -168,25 +172,33 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
     ledgers: dict[PoolKey, Ledger] = {}
     due: list[tuple[float, PolicyView, EnergyPolicyStatus, EnergyPolicyStatus | None]] = []
     written: dict[str, Written] = {}
+    failures: dict[str, tuple[PolicyView, Exception]] = {}
     again_soon = False
     for policy in world.policies:
         last = memory.written.get(policy.uid)
         before = last.status if last else policy.status
-        report = report_policy(
-            policy,
-            world,
-            orders,
-            reports,
-            memory.accounts,
-            memory.ledgers,
-            tuners,
-            works,
-            before,
-            releases.get(policy.uid),
-            template_problem,
-            daemon_sets.overruled.get(policy.uid, ""),
-            now_seconds,
-        )
+        try:
+            report = report_policy(
+                policy,
+                world,
+                orders,
+                reports,
+                memory.accounts,
+                memory.ledgers,
+                tuners,
+                works,
+                before,
+                releases.get(policy.uid),
+                template_problem,
+                daemon_sets.overruled.get(policy.uid, ""),
+                now_seconds,
+            )
+        except Exception as error:
+            # Broad, for it stands for what nobody thought of: a status is made of numbers and words that tenants' pods
+            # can move, and a mistake about those of one must not keep the orders and releases of all from being
+            # written. What is caught is a bug, and told of as one.
+            failures[policy.uid] = (policy, error)
+            report = unchanged_report(policy, memory.accounts, memory.ledgers, before)
         accounts.update(report.accounts)
         ledgers.update(report.ledgers)
         statuses[policy.uid] = report.status
@@ -194,7 +206,7 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         urgent = urgent_change(before, report.status)
         pause = STATES_SECONDS if urgent else NUMBERS_SECONDS
         again_soon |= urgent and since < pause
-        if since >= pause and policy.status != report.status:
+        if since >= pause and policy.status != report.status and policy.uid not in failures:
             due.append((since, policy, report.status, before))
         if last is not None:
             written[policy.uid] = last
@@ -217,6 +229,18 @@ def decide(world: World, template: Mapping[str, Any] | None, memory: Memory, now
         write_statuses=tuple((policy, status) for _, policy, status, _ in due[:MAX_STATUSES]),
         tellings=tuple(tellings),
         released=frozenset(uid for uid, release in releases.items() if release.complete),
+        failures=tuple(failures.values()),
         again_soon=again_soon or len(due) > MAX_STATUSES,
-        memory=Memory(accounts, ledgers, written, ordered_nodes, orders.rollouts, told, tuners, works, powers_at),
+        memory=Memory(
+            accounts=accounts,
+            ledgers=ledgers,
+            written=written,
+            ordered_nodes=ordered_nodes,
+            rollouts=orders.rollouts,
+            told=told,
+            tuners=tuners,
+            works=works,
+            powers_at=powers_at,
+            failed=frozenset(failures),
+        ),
     )

@@ -264,10 +264,22 @@ class Reconciler:
             self._metrics.show(
                 ((policy, decision.statuses[policy.uid]) for policy in world.policies), leading=self.leading
             )
+            self._tell_failures(decision)
             if not self._carry_out(decision, unix_seconds):
                 return self._retry_seconds()
             self._failures = 0
             return STATES_SECONDS if decision.again_soon else PERIOD_SECONDS
+
+    def _tell_failures(self, decision: Decision) -> None:
+        """Count the statuses that could not be made, each time, and log each of them when it begins."""
+        for policy, error in decision.failures:
+            self._metrics.failed("bug")
+            if policy.uid not in self._memory.failed:
+                log.error(
+                    "the status of policy %s could not be made and stays as it was; its orders are written",
+                    policy.title,
+                    exc_info=error,
+                )
 
     def _carry_out(self, decision: Decision, unix_seconds: float) -> bool:
         well, failed = False, frozenset(policy.uid for policy, _ in decision.write_statuses)

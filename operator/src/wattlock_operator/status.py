@@ -169,6 +169,20 @@ def departed_pairs(pool: PoolStatus | None) -> Sequence[PairStats]:
     return pool.savings.departed if pool is not None and pool.savings is not None else ()
 
 
+def unchanged_report(
+    policy: PolicyView,
+    accounts: Mapping[PoolKey, Account],
+    ledgers: Mapping[PoolKey, Ledger],
+    before: EnergyPolicyStatus | None,
+) -> PolicyReport:
+    """Return the last status of a policy with the accounts as they were, to go on from when it can be made again."""
+    return PolicyReport(
+        before or EnergyPolicyStatus(),
+        {key: account for key, account in accounts.items() if key[0] == policy.uid},
+        {key: ledger for key, ledger in ledgers.items() if key[0] == policy.uid},
+    )
+
+
 def _tuning(pool: Pool, tuner: Tuner | None, before: PoolStatus | None) -> TuningStatus | None:
     """Return where the pool's tuner is; one that rests (mode Observe) keeps what it knew."""
     if tuner is not None:
