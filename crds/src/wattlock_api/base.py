@@ -57,9 +57,18 @@ DecimalString = Annotated[str, Field(pattern=r"^-?[0-9]{1,15}(\.[0-9]{1,9})?$", 
 PositiveDecimalString = Annotated[str, Field(pattern=r"^[0-9]{1,15}(\.[0-9]{1,9})?$", max_length=26)]
 
 
+#: The largest whole number of as many digits as the two patterns allow.
+_MOST = 999_999_999_999_999.0
+
+
 def decimal_string(value: float, places: int) -> str:
-    """Format ``value`` with ``places`` digits after the point, never as an exponent."""
-    return f"{Decimal(repr(value)):.{places}f}"
+    """Format ``value`` with ``places`` digits after the point, never as an exponent.
+
+    What has more digits than the schema allows becomes the largest number that it allows. Numbers that are each within
+    the schema have sums and products that are not, and one of these would have the whole status refused.
+    """
+    # The bound is whole: rounding to any number of places adds no digit to it. What is no number stays none.
+    return f"{Decimal(repr(min(max(value, -_MOST), _MOST))):.{places}f}"
 
 
 def timestamp(unix_seconds: float) -> str:
@@ -76,6 +85,9 @@ def parse_timestamp(text: str) -> float:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
+#: Bounds of a clock that may be asked for, in MHz.
+MIN_CLOCK_MHZ, MAX_CLOCK_MHZ = 100, 5000
+Mhz = Annotated[int, Field(ge=MIN_CLOCK_MHZ, le=MAX_CLOCK_MHZ)]
 Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 Name = Annotated[str, Field(min_length=1, max_length=253)]
 Uid = Annotated[str, Field(min_length=1, max_length=64)]

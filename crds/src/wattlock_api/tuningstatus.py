@@ -5,11 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from wattlock_api.base import ApiModel, DecimalString, PositiveDecimalString, Sentence, Timestamp
+from wattlock_api.base import ApiModel, DecimalString, Mhz, PositiveDecimalString, Sentence, Timestamp
 from wattlock_api.constants import PowerCapVerdict
 from wattlock_api.pairs import PairStats
-
-Mhz = Annotated[int, Field(ge=100, le=5000)]
 
 
 class SearchCause(StrEnum):

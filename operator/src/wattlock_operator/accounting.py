@@ -17,6 +17,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from wattlock_api.base import MAX_CLOCK_MHZ, MIN_CLOCK_MHZ
+
 from wattlock_operator.pooling import Effect
 from wattlock_operator.reports import NodeInstance, PoolKey, PoolReport, number
 
@@ -118,7 +120,8 @@ def counted_capped_joules(report: PoolReport) -> Mapping[int, float]:
     sums: dict[int, float] = {}
     for item in report.instances:
         for arm in item.instance.arms:
-            if arm.cap_mhz > 0:
+            # Zero is the control arm. What else is no clock was ordered by nobody, and no status could hold it.
+            if MIN_CLOCK_MHZ <= arm.cap_mhz <= MAX_CLOCK_MHZ:
                 sums[arm.cap_mhz] = sums.get(arm.cap_mhz, 0.0) + number(arm.joules)
     return dict(list(sums.items())[-16:])
 

@@ -156,7 +156,7 @@ def find_saving(
         method="Switchback",
         verdict=verdict,
         reason=reason.value,
-        message=message,
+        message=message[:1024],
         energy_percent=percent_text(saving.value) if saving else None,
         ci95=_ends(saving) if saving else None,
         ci95_every_look=_ends(saving_percent(always)) if always else None,

@@ -1,12 +1,14 @@
 """The generated CRDs: equal to the models, structural, bounded, described."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from wattlock_api import generate
-from wattlock_api.base import api_name, decimal_string, parse_timestamp, timestamp
+from wattlock_api.base import DecimalString, PositiveDecimalString, api_name, decimal_string, parse_timestamp, timestamp
 from wattlock_api.crd import RESOURCES, custom_resource_definition, structural
 from wattlock_api.energypolicy import EnergyPolicySpec
 from wattlock_api.nodeenergy import NodeEnergyStatus
@@ -106,6 +108,19 @@ def test_absent_numbers_stay_absent():
 def test_decimal_strings_have_no_exponent():
     assert decimal_string(1e-7, 3) == "0.000"
     assert decimal_string(123456789.5, 1) == "123456789.5"
+
+
+@pytest.mark.parametrize("value", [9.9e14, 999_999_999_999_999.9, 1e15, 2e15, 1e22, 1e300, math.inf])
+@pytest.mark.parametrize("places", [0, 1, 9])
+def test_a_decimal_string_never_has_more_digits_than_the_schema_allows(value, places):
+    accepted = TypeAdapter(PositiveDecimalString).validate_python(decimal_string(value, places))
+    assert float(accepted) == min(value, 999_999_999_999_999)
+    assert TypeAdapter(DecimalString).validate_python(decimal_string(-value, places)) == f"-{accepted}"
+
+
+def test_what_is_no_number_is_published_as_none():
+    with pytest.raises(ValidationError):
+        TypeAdapter(PositiveDecimalString).validate_python(decimal_string(math.nan, 1))
 
 
 def test_timestamps_survive_a_round_trip():

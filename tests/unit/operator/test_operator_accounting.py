@@ -11,8 +11,17 @@ from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node
 from wattlock_api.constants import Mode
 from wattlock_api.energypolicy import Cost, Verification
 from wattlock_api.nodeenergy import ArmTotals, Moments, PairStats
-from wattlock_api.policystatus import EnergyPolicyStatus
-from wattlock_operator.accounting import Account, Saved, Sums, Worth, advance, open_or_advance, opening
+from wattlock_api.policystatus import EnergyPolicyStatus, Savings
+from wattlock_operator.accounting import (
+    Account,
+    Saved,
+    Sums,
+    Worth,
+    advance,
+    counted_capped_joules,
+    open_or_advance,
+    opening,
+)
 from wattlock_operator.decide import Memory, decide
 from wattlock_operator.pooling import Effect
 from wattlock_operator.reports import PoolReport, collect
@@ -277,3 +286,17 @@ def test_the_sums_survive_a_restart_by_way_of_status():
     assert third == pytest.approx(0.75, abs=0.01), "two more while no operator watched"
     low, high = map(float, status.pools[0].savings.saved_kwh_ci95)
     assert 0.6 < low < third < high < 0.9
+
+
+def test_an_amount_of_money_or_carbon_never_has_more_digits_than_the_schema_allows():
+    cost = Cost(price_per_kwh="9" * 15, grams_co2_per_kwh=5000, pue="9.9999")
+    plain = find_saving(Verification(), Mode.ENFORCE, report()).savings
+    total = with_totals(plain, Saved(1e15 * KWH, -2e15 * KWH, 3e15 * KWH), cost)
+    assert Savings.model_validate(total.to_api()) == total
+    assert total.saved_cost_ci95 == [f"-{'9' * 15}.0000", f"{'9' * 15}.0000"]
+
+
+def test_an_arm_under_what_is_no_clock_is_not_counted():
+    """No order may have it, and no status could hold it."""
+    assert counted_capped_joules(counted(100, 80, cap=99)) == {}
+    assert counted_capped_joules(counted(100, 80, cap=100)) == {100: 80}

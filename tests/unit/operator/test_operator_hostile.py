@@ -2,11 +2,27 @@
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
-from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
+from operator_worlds import (
+    DECODE,
+    NOW,
+    PREFILL,
+    agent_pod,
+    as_kept,
+    gpu,
+    instance,
+    node_energy,
+    pod,
+    policy,
+    two_pools,
+    world,
+)
+from wattlock_api.base import timestamp
 from wattlock_api.constants import AGENT_COMPONENT, COMPONENT_LABEL, PLACEMENT_LABEL
 from wattlock_api.energypolicy import Placement
+from wattlock_api.nodeenergy import AgentStatus, ArmTotals, ClockRange, Moments, PairStats, ProductClocks
 from wattlock_api.policystatus import EnergyPolicyStatus
 from wattlock_operator.apply import event_body
 from wattlock_operator.decide import Memory, Written, decide
@@ -166,3 +182,69 @@ def test_who_waited_longest_is_written_first():
     written = {uid: Written(EnergyPolicyStatus(), NOW - age) for uid, age in ages_seconds.items()}
     decision = decide(world(policies), None, Memory(written=written), NOW)
     assert {view.uid for view in policies[200:]} <= {view.uid for view, _ in decision.write_statuses}
+
+
+#: The most that a decimal string of a report may say.
+MOST = "9" * 15
+PAIR = {"cap_mhz": 1590, "pairs": 10}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"energy_joules": MOST},
+        {"tokens_per_second": MOST},
+        {"prompt_tokens_per_second": MOST},
+        {"arms": [ArmTotals(cap_mhz=60, joules="5")]},
+        {"arms": [ArmTotals(cap_mhz=1590, joules=MOST)]},
+        {"inter_token_latency_ms": MOST, "tokens_per_second": "1"},
+        {"pair_stats": [PairStats(**PAIR, energy=Moments(total=f"-{MOST}", squares=MOST))]},
+        {"pair_stats": [PairStats(**PAIR, latency_pairs=10, latency=Moments(total="400", squares="16000"))]},
+        {"pair_stats": [PairStats(cap_mhz=1590, pairs=-10)]},
+        {"message": "x" * 1024, "reason": "MetricsInvalid"},
+    ],
+    ids=lambda told: "-".join(told),
+)
+@pytest.mark.parametrize("clock", [{"maxSMClockMHz": 1590}, {"tune": {}}], ids=["fixed", "tuned"])
+def test_reports_that_the_schema_accepts_have_a_status_that_it_accepts(told, clock):
+    """Also of pods that left, whose sums the operator keeps."""
+    spec = {"pools": two_pools(clock), "cost": {"pricePerKWh": MOST}}
+    gpus = [gpu(0, "d0"), gpu(1, "d1")]
+    both = node_energy(gpus=gpus, instances=[instance(name, **told) for name in ("d0", "d1")])
+    pods = [pod("d0", DECODE), pod("d1", DECODE), pod("p0", PREFILL)]
+    first = decide(world([policy(spec=spec)], pods, [both]), None, Memory(), NOW)
+    last = decide(world([policy(spec=spec)], pods[1:], [node_energy(gpus=gpus[:1])]), None, first.memory, NOW + 30)
+    for decision in (first, last):
+        assert decision.failures == ()
+        as_kept(decision.statuses["uid-qwen"])
+
+
+@pytest.mark.parametrize("mhz", [0, 60, 5001])
+def test_a_released_clock_that_nobody_may_ask_for_begins_no_search(mhz):
+    told = instance(tokens_per_second="1000", inter_token_latency_ms="8")
+    report = node_energy(gpus=[gpu(requested_mhz=None, state="Released", observed_mhz=mhz)], instances=[told])
+    ranges = [ClockRange(min_mhz=345, max_mhz=1980, step_mhz=15)]
+    agent = AgentStatus(products=[ProductClocks(product="NVIDIA H200", ranges=ranges)])
+    report = replace(report, status=report.status.model_copy(update={"agent": agent}))
+    somewhere = world([policy(spec={"pools": two_pools({"tune": {}})})], [pod("d0", DECODE), pod("p0", PREFILL)])
+    memory = Memory()
+    for seconds in range(0, 200, 10):
+        fresh = report.status.model_copy(update={"reported_at": timestamp(NOW + seconds)})
+        looked = replace(somewhere, node_energies={"n1": replace(report, status=fresh)})
+        decision = decide(looked, None, memory, NOW + seconds)
+        memory = decision.memory
+        assert decision.failures == ()
+    tuning = as_kept(decision.statuses["uid-qwen"]).pools[0].tuning
+    assert (tuning.phase, tuning.released_mhz) == ("Searching", 1980)
+
+
+@pytest.mark.parametrize("mode", ["Observe", "Enforce"])
+def test_the_serving_pods_of_one_tenant_stop_no_pass(mode):
+    """Each of two pages tells as many tokens as a report may, and their sum has a digit more."""
+    told = [instance(name, tokens_per_second="600000000000000.0") for name in ("d0", "d1")]
+    pods = [pod("d0", DECODE), pod("d1", DECODE), pod("p0", PREFILL)]
+    policies = [policy(spec={"mode": mode}), policy("other", namespace="other", deleting=True)]
+    decision = decide(world(policies, pods, [node_energy(instances=told)]), None, Memory(), NOW)
+    assert decision.failures == ()
+    assert decision.released == {"uid-other"}
+    assert decision.statuses["uid-qwen"].pools[0].tokens_per_second == f"{MOST}.0"

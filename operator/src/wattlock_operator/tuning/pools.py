@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from wattlock_api.base import MAX_CLOCK_MHZ, MIN_CLOCK_MHZ
 from wattlock_api.constants import Mode, PowerCapVerdict, Reason
 from wattlock_api.energypolicy import Guardrail, Pool, Tune
 from wattlock_api.nodeenergy import ClockRange, Hold
@@ -96,7 +97,7 @@ def supported_mhz(world: World, report: PoolReport) -> tuple[int, ...]:
         ranges = [each.ranges for each in told.agent.products if each.product == product] if told else []
         clocks = _clocks(ranges[0]) if ranges else set()
         common = clocks if common is None else common & clocks
-    return tuple(sorted((mhz for mhz in common or () if 100 <= mhz <= 5000), reverse=True))
+    return tuple(sorted((mhz for mhz in common or () if MIN_CLOCK_MHZ <= mhz <= MAX_CLOCK_MHZ), reverse=True))
 
 
 def _regime(world: World, members: Sequence[Member], report: PoolReport) -> Regime | None:
@@ -125,9 +126,11 @@ def _regime(world: World, members: Sequence[Member], report: PoolReport) -> Regi
 
 def _released_mhz(report: PoolReport) -> int | None:
     clocks = [
-        entry.gpu.observed_mhz
+        mhz
         for entry in report.gpus
-        if not entry.silent and entry.gpu.requested_mhz is None and entry.gpu.observed_mhz is not None
+        if not entry.silent and entry.gpu.requested_mhz is None
+        # A search begins below it, so it has to be a clock that may be asked for.
+        if (mhz := entry.gpu.observed_mhz) is not None and MIN_CLOCK_MHZ <= mhz <= MAX_CLOCK_MHZ
     ]
     return statistics.median_low(clocks) if clocks else None
 
