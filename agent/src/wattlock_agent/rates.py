@@ -10,6 +10,10 @@ from wattlock_agent.epochs import Sample
 from wattlock_agent.serving.base import ServingCounters, ServingDelta, difference
 from wattlock_agent.track import WINDOW_SECONDS
 
+#: No instance does more of anything: tokens each second, milliseconds or joules for a token, 10^9 operations or bytes
+#: each second on one GPU, requests that wait. A page is the pod's to write, and any number may stand on it.
+_MOST = 1e9
+
 
 @dataclass(frozen=True)
 class Scrape:
@@ -33,7 +37,7 @@ def work_rates(scrapes: Sequence[Scrape], life: int, now_seconds: float) -> dict
         return {}
     newest = recent[-1].counters
     rates: dict[str, object] = {}
-    if newest.waiting_requests is not None:
+    if newest.waiting_requests is not None and newest.waiting_requests <= _MOST:
         rates["waiting_requests"] = int(newest.waiting_requests)
     if newest.kv_cache_usage is not None and newest.kv_cache_usage <= 1:
         rates["kv_cache_usage_percent"] = decimal_string(100 * newest.kv_cache_usage, 1)
@@ -45,19 +49,20 @@ def work_rates(scrapes: Sequence[Scrape], life: int, now_seconds: float) -> dict
 
 
 def _per_second(done: ServingDelta) -> dict[str, object]:
-    rates: dict[str, object] = {}
+    rates: dict[str, tuple[float, int]] = {}  # each with the number of its places
     if done.generated_tokens is not None:
-        rates["tokens_per_second"] = decimal_string(done.generated_tokens / done.seconds, 1)
+        rates["tokens_per_second"] = (done.generated_tokens / done.seconds, 1)
     if done.computed_prompt_tokens is not None:
-        rates["prompt_tokens_per_second"] = decimal_string(done.computed_prompt_tokens / done.seconds, 1)
+        rates["prompt_tokens_per_second"] = (done.computed_prompt_tokens / done.seconds, 1)
     if done.inter_token_latency_sum_seconds is not None and done.inter_token_latency_count:
         mean_seconds = done.inter_token_latency_sum_seconds / done.inter_token_latency_count
-        rates["inter_token_latency_ms"] = decimal_string(1000 * mean_seconds, 3)
+        rates["inter_token_latency_ms"] = (1000 * mean_seconds, 3)
     # Zero is an engine that was idle or does not estimate: nothing to tell in both cases.
     if done.estimated_flops_per_gpu and done.estimated_bytes_per_gpu:
-        rates["estimated_gigaflops"] = decimal_string(done.estimated_flops_per_gpu / done.seconds / 1e9, 6)
-        rates["estimated_gigabytes"] = decimal_string(done.estimated_bytes_per_gpu / done.seconds / 1e9, 6)
-    return rates
+        rates["estimated_gigaflops"] = (done.estimated_flops_per_gpu / done.seconds / 1e9, 6)
+        rates["estimated_gigabytes"] = (done.estimated_bytes_per_gpu / done.seconds / 1e9, 6)
+    # What no engine can do was not measured, so it is unknown.
+    return {name: decimal_string(value, places) for name, (value, places) in rates.items() if 0 <= value <= _MOST}
 
 
 def token_energy(samples: Sequence[Sample], role: Role, spans_nodes: bool) -> dict[str, object]:
@@ -82,4 +87,5 @@ def token_energy(samples: Sequence[Sample], role: Role, spans_nodes: bool) -> di
         field = "joules_per_prompt_token"
     if tokens <= 0:
         return {"token_energy_reason": Reason.NO_TOKENS.value}
-    return {field: decimal_string((last.joules - first.joules) / tokens, 6)}
+    joules = (last.joules - first.joules) / tokens
+    return {field: decimal_string(joules, 6)} if joules <= _MOST else {}

@@ -10,6 +10,7 @@ from wattlock_agent.holders.base import PodName
 from wattlock_agent.rates import Scrape, work_rates
 from wattlock_agent.report import build_status
 from wattlock_agent.serving.pages import parse_page
+from wattlock_api.nodeenergy import NodeEnergyStatus
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -201,3 +202,47 @@ def test_an_energy_that_is_not_known_does_not_become_a_number_in_last_words(make
     node.order(generation=2)
     node.run(5)
     assert all(each.energy_joules is None for each in status_of(node).instances)
+
+
+def test_what_no_engine_can_do_is_unknown():
+    def page(at_seconds: float, count: float) -> Scrape:
+        text = f"""vllm:generation_tokens_total {count}
+vllm:prompt_tokens_by_source_total{{source="local_compute"}} {count}
+vllm:inter_token_latency_seconds_sum {count}
+vllm:inter_token_latency_seconds_count {at_seconds + 1}
+vllm:estimated_flops_per_gpu_total {count}
+vllm:estimated_read_bytes_per_gpu_total {count}
+vllm:estimated_write_bytes_per_gpu_total {count}
+vllm:num_requests_waiting {count}
+vllm:num_requests_running 1
+"""
+        return Scrape(parse_page(text.encode(), at_seconds), 1.8e9 + at_seconds, 0, True)
+
+    told = {
+        *("tokens_per_second", "prompt_tokens_per_second", "inter_token_latency_ms"),
+        *("estimated_gigaflops", "estimated_gigabytes", "waiting_requests"),
+    }
+    assert set(work_rates([page(0.0, 1.0), page(5.0, 1e6)], 0, 6.0)) == told
+    assert work_rates([page(0.0, 1.0), page(5.0, 1e200)], 0, 6.0) == {}
+
+
+def test_energy_for_next_to_no_tokens_is_unknown(make_node, make_order):
+    node = make_node(gpus=1)
+    node.tokens_per_second = 1e-12
+    node.order(make_order())
+    node.run(40)
+    (entry,) = status_of(node).instances
+    assert (entry.tokens_per_second, entry.joules_per_generated_token) == ("0.0", None)
+
+
+def test_a_page_that_tells_too_much_leaves_a_report_that_the_schema_takes(make_node, make_order):
+    node = make_node(gpus=1)
+    node.order(make_order(experiment={"seed": "s", "epochSeconds": 20, "controlShare": 0.5}))
+    node.tokens_per_second = 1e300
+    node.waiting_requests = 1e300
+    node.run(200)
+    status = status_of(node)
+    assert NodeEnergyStatus.model_validate(status.to_api()) == status
+    (entry,) = status.instances
+    assert (entry.tokens_per_second, entry.waiting_requests) == (None, None)
+    assert entry.arms, "its epochs are measured, however many tokens it tells"
