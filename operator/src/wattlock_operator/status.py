@@ -169,6 +169,25 @@ def departed_pairs(pool: PoolStatus | None) -> Sequence[PairStats]:
     return pool.savings.departed if pool is not None and pool.savings is not None else ()
 
 
+def _remembered(pool: PoolStatus) -> PoolStatus:
+    """Return what of a pool's status stays while nobody knows what the pool is: sums, findings and states.
+
+    An operator that was rolled back does not understand what a newer one allowed. It goes on from here when it does.
+    What was measured about the moment does not stay: no GPU is selected any more.
+    """
+    return PoolStatus(
+        name=pool.name,
+        role=pool.role,
+        energy_kwh=pool.energy_kwh,
+        counted_joules=pool.counted_joules,
+        counted_capped_joules=pool.counted_capped_joules,
+        savings=pool.savings,
+        rollout=pool.rollout,
+        tuning=pool.tuning,
+        profile=pool.profile,
+    )
+
+
 def unchanged_report(
     policy: PolicyView,
     accounts: Mapping[PoolKey, Account],
@@ -226,6 +245,9 @@ def report_policy(
     pools, pool_reports, findings = [], [], []
     kept: dict[PoolKey, Account] = {}
     kept_ledgers: dict[PoolKey, Ledger] = {}
+    if policy.spec is None:
+        unchanged = unchanged_report(policy, accounts, ledgers, before)
+        kept, kept_ledgers = dict(unchanged.accounts), dict(unchanged.ledgers)
     for pool in policy.spec.pools if policy.spec else ():
         key = (policy.uid, pool.name)
         report = reports.get(key, PoolReport())
@@ -267,6 +289,8 @@ def report_policy(
         young=_is_young(policy, now_seconds),
     )
     times = [report.measured_at for report in pool_reports if report.measured_at]
+    # Not before the conditions, which are about what is the case now.
+    pools = pools if policy.spec is not None else [_remembered(pool) for pool in before.pools]
     status = EnergyPolicyStatus(
         observed_generation=policy.generation,
         conditions=dated(find_conditions(facts), before.conditions, policy.generation, now_seconds),

@@ -6,9 +6,22 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_worlds import DECODE, GPU_NODE, NOW, PREFILL, agent_pod, gpu, instance, node_energy, pod, policy, world
+from operator_worlds import (
+    DECODE,
+    GPU_NODE,
+    NOW,
+    PREFILL,
+    agent_pod,
+    as_kept,
+    gpu,
+    instance,
+    node_energy,
+    pod,
+    policy,
+    world,
+)
 from wattlock_api.constants import Mode, Role
-from wattlock_api.nodeenergy import NodeEnergySpec
+from wattlock_api.nodeenergy import NodeEnergySpec, PairStats
 from wattlock_api.policystatus import EnergyPolicyStatus, PoolReason, PoolStatus, Summary
 from wattlock_operator.decide import Decision, Memory, decide
 from wattlock_operator.parse import parse_node_energy
@@ -148,7 +161,9 @@ def test_a_decision_that_was_carried_out_leaves_nothing_to_do(somewhere):
 @settings(max_examples=120)
 @given(worlds())
 def test_statuses_are_what_the_schema_allows_and_survive_the_way_through_it(somewhere):
-    for status in decide(somewhere, TEMPLATE, Memory(), NOW).statuses.values():
+    decision = decide(somewhere, TEMPLATE, Memory(), NOW)
+    assert decision.failures == ()
+    for status in decision.statuses.values():
         assert EnergyPolicyStatus.model_validate(status.to_api()) == status
         assert {condition.type for condition in status.conditions} >= {"Ready", "Enforced", "Verified", "Conflict"}
         for condition in status.conditions:
@@ -182,6 +197,71 @@ def test_a_spec_that_is_not_understood_releases_and_says_so():
     (ready,) = [entry for entry in decision.statuses["uid-qwen"].conditions if entry.type == "Ready"]
     assert (ready.status, ready.reason) == ("False", "InvalidSpec")
     assert "pools: missing" in ready.message
+
+
+#: What was measured by a pool, and what its tuner and its rollout had come to.
+MEASURED = {
+    "name": "decode",
+    "role": "Decode",
+    "energyKWh": "12",
+    "countedJoules": "1000",
+    "savings": {
+        "method": "Switchback",
+        "verdict": "Verified",
+        "reason": "IntervalExcludesZero",
+        "message": "saving 20%",
+        "savedKWh": "3.4",
+        "savedKWhCI95": ["3", "4"],
+        "departed": [{"capMHz": 1590, "pairs": 7}],
+    },
+    "rollout": {"phase": "RolledBack", "target": [{"product": "", "capMHz": 1590}], "generation": 1, "message": "slow"},
+    "tuning": {"phase": "Settled", "capMHz": 1400, "searches": 2},
+}
+NUMBERS = {"gpus": 4, "capped": 4, "locked": 4, "powerWatts": 2000, "tokensPerSecond": "900"}
+SERVED = [instance(energy_joules="37000", pair_stats=[PairStats(cap_mhz=1590, pairs=5)])]
+
+
+def after_a_rollback(memory: Memory, seconds: float, understood: bool, status: EnergyPolicyStatus) -> Decision:
+    view = policy(status=status, spec={"rollout": {"steps": [1, "100%"]}})
+    view = view if understood else dataclasses.replace(view, spec=None, problem="pools.0.architecture: a new word")
+    entry = node_energy(gpus=[gpu()], instances=SERVED)
+    return decide(world([view], [pod("d0", DECODE), pod("p0", PREFILL)], [entry]), None, memory, NOW + seconds)
+
+
+def test_a_spec_that_is_not_understood_loses_nothing_that_was_measured():
+    before = EnergyPolicyStatus.model_validate({"pools": [MEASURED | NUMBERS]})
+    status = after_a_rollback(Memory(), 0, False, before).statuses["uid-qwen"]
+    assert status.pools == EnergyPolicyStatus.model_validate({"pools": [MEASURED]}).pools, "none of it about now"
+    assert (status.summary.saved_kwh, status.summary.gpus, status.summary.capped) == ("3.40", 0, None)
+    found = {each.type: each.reason for each in status.conditions}
+    assert (found["Ready"], found["Enforced"], found["Progressing"]) == ("InvalidSpec", "InvalidSpec", "UpToDate")
+    again = after_a_rollback(Memory(), 30, False, as_kept(status)).statuses["uid-qwen"]
+    assert again.pools == status.pools, "nor does it wear off"
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_sums_and_states_go_on_when_the_spec_is_understood_again(restarted):
+    before = EnergyPolicyStatus.model_validate({"pools": [MEASURED]})
+    looked = after_a_rollback(Memory(), 0, True, before)
+    assert looked.statuses["uid-qwen"].pools[0].energy_kwh == "12.010000"
+    odd = after_a_rollback(looked.memory, 30, False, as_kept(looked.statuses["uid-qwen"]))
+    memory = Memory() if restarted else odd.memory
+    decision = after_a_rollback(memory, 60, True, as_kept(odd.statuses["uid-qwen"]))
+    (pool, _) = decision.statuses["uid-qwen"].pools
+    assert (pool.energy_kwh, pool.savings.saved_kwh) == ("12.010000", "3.400000")
+    assert (pool.savings.departed[0].pairs, pool.savings.pairs) == (7, 12)
+    assert pool.rollout.phase == "RolledBack"
+    assert [order.hold.reason for order in decision.write_orders["n1"] if order.pod.name == "d0"] == ["RolledBack"]
+
+
+def test_instances_that_left_while_the_spec_was_not_understood_stay_in_the_sums():
+    before = EnergyPolicyStatus.model_validate({"pools": [MEASURED]})
+    looked = after_a_rollback(Memory(), 0, True, before)
+    odd = after_a_rollback(looked.memory, 30, False, as_kept(looked.statuses["uid-qwen"]))
+    view = policy(status=as_kept(odd.statuses["uid-qwen"]))
+    last = decide(world([view], [pod("d1", DECODE)], [node_energy(gpus=[gpu(0, "d1")])]), None, odd.memory, NOW + 60)
+    (gone,) = last.statuses["uid-qwen"].pools[0].savings.departed
+    assert gone.pairs == 12
 
 
 def test_a_bad_template_is_a_condition_and_orders_go_on():
