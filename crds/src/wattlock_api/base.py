@@ -80,9 +80,12 @@ def parse_timestamp(text: str) -> float:
     """Return seconds since 1970 of an RFC 3339 time.
 
     Raises:
-        ValueError: the text is no such time.
+        ValueError: the text is no such time, or one that ``timestamp`` could not write.
     """
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone(UTC).timestamp()
+    except OverflowError as error:  # in UTC it is before the year 1 or after 9999
+        raise ValueError(str(error)) from error
 
 
 #: Bounds of a clock that may be asked for, in MHz.

@@ -1,13 +1,15 @@
 """Status of an EnergyPolicy: what people read. Bounded: pools, not pods or GPUs."""
 
+from contextlib import suppress
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from wattlock_api.base import (
     ApiModel,
     Condition,
     DecimalString,
+    Mhz,
     PositiveDecimalString,
     ReasonName,
     Sentence,
@@ -128,7 +130,7 @@ class Savings(ApiModel):
 class CountedEnergy(ApiModel):
     """How far the agents' counters of energy under a cap are counted."""
 
-    cap_mhz: Annotated[int, Field(ge=100, le=5000)]
+    cap_mhz: Mhz
     """The cap, in MHz."""
     joules: PositiveDecimalString
     """Sum of the counters, in joules."""
@@ -154,8 +156,22 @@ class ProductCap(ApiModel):
 
     product: Annotated[str, Field(max_length=128)]
     """GPU product as NVML names it; empty: any."""
-    cap_mhz: int
+    cap_mhz: Mhz
     """The cap, in MHz."""
+
+
+def _readable_caps(listed: object) -> object:
+    """Leave out what is no cap: an order could not carry it, and the rest of a status is worth more than it."""
+    if not isinstance(listed, list):
+        return listed
+    kept = []
+    for each in listed:
+        with suppress(ValidationError):
+            kept.append(ProductCap.model_validate(each))
+    return kept
+
+
+ProductCaps = Annotated[list[ProductCap], Field(max_length=MAX_PRODUCT_CAPS), BeforeValidator(_readable_caps)]
 
 
 class RolloutStatus(ApiModel):
@@ -163,9 +179,9 @@ class RolloutStatus(ApiModel):
 
     phase: RolloutPhase
     """Progressing, Paused, RolledBack (the guardrail tripped on the way), or Complete."""
-    target: Annotated[list[ProductCap], Field(max_length=MAX_PRODUCT_CAPS)] = []
+    target: ProductCaps = []
     """The clock that is being rolled out."""
-    previous: Annotated[list[ProductCap], Field(max_length=MAX_PRODUCT_CAPS)] = []
+    previous: ProductCaps = []
     """The clock of the instances whose turn has not come; empty: they are released."""
     step: int = 0
     """Present step, from 1."""

@@ -182,16 +182,19 @@ def _step(
             ),
             frozenset(),
         )
-    waits = _waits(rules, first, turns, begun=state.since is not None)
-    held_seconds = 0.0 if state.since is None else now_seconds - parse_timestamp(state.since)
-    goes_on = not waits and not rules.paused and state.since is not None and held_seconds >= rules.hold_seconds
+    began_seconds = _began_seconds(state)
+    waits = _waits(rules, first, turns, begun=began_seconds is not None)
+    held = began_seconds is not None and now_seconds - began_seconds >= rules.hold_seconds
+    goes_on = not waits and not rules.paused and held
     if goes_on and step == steps:
         return Plan(_complete({each.product: each.cap_mhz for each in turns}, len(turns), steps), _names(turns))
     if goes_on:
         step += 1
         first = turns[: instances_of_step(rules.steps[step - 1], len(turns))]
         waits = f"{len(first)} instance(s) get the new clock"
-    since = None if waits or rules.paused else state.since or timestamp(now_seconds)
+    since = None
+    if not waits and not rules.paused:
+        since = timestamp(now_seconds) if began_seconds is None else state.since
     message = waits or f"holds for {rules.hold_seconds} s"
     if rules.paused:
         message = "paused: set spec.rollout.paused to false to go on"
@@ -206,6 +209,14 @@ def _step(
         message=message,
     )
     return Plan(status, _names(first))
+
+
+def _began_seconds(state: RolloutStatus) -> float | None:
+    """Return since when the step holds; None where nobody can tell: then it holds from now on."""
+    try:
+        return None if state.since is None else parse_timestamp(state.since)
+    except ValueError:  # somebody else's time
+        return None
 
 
 def _waits(rules: Rollout, first: Sequence[Candidate], turns: Sequence[Candidate], begun: bool) -> str:

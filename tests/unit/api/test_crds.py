@@ -123,6 +123,12 @@ def test_what_is_no_number_is_published_as_none():
         TypeAdapter(PositiveDecimalString).validate_python(decimal_string(math.nan, 1))
 
 
+@pytest.mark.parametrize("text", ["0001-01-01T00:00:00+01:00", "9999-12-31T23:59:59-01:00", "0000-01-01T00:00:00Z"])
+def test_a_time_that_could_not_be_written_again_is_not_read(text):
+    with pytest.raises(ValueError, match="out of range"):
+        parse_timestamp(text)
+
+
 def test_timestamps_survive_a_round_trip():
     assert timestamp(0) == "1970-01-01T00:00:00Z"
     assert parse_timestamp(timestamp(1795377240.9)) == 1795377240

@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_worlds import DECODE, NOW, PREFILL, agent_pod, instance, node_energy, pod, policy, world
+from operator_worlds import DECODE, NOW, PREFILL, agent_pod, as_kept, instance, node_energy, pod, policy, world
+from wattlock_api.base import parse_timestamp
 from wattlock_api.constants import RolloutPhase
 from wattlock_api.energypolicy import Rollout
 from wattlock_api.policystatus import RolloutStatus
 from wattlock_operator.decide import Memory, decide
+from wattlock_operator.parse import parse_policy
 from wattlock_operator.rollout import Candidate, in_turn, instances_of_step, plan_rollout
 
 RULES = Rollout(steps=[1, "50%", "100%"], hold_seconds=100)
@@ -324,6 +326,37 @@ def test_a_cool_down_of_before_takes_no_rollout_back():
     breached = cooling.model_copy(update={"guardrail_withdrawn": False})
     back, orders = settle(SPEC, later.memory, NOW + 60, instances=[breached], orders=orders)
     assert back.statuses["uid-qwen"].pools[0].rollout.phase is RolloutPhase.ROLLED_BACK
+
+
+@pytest.mark.parametrize("since", ["0000-01-01T00:00:00Z", "0001-01-01T00:00:00+01:00"])
+def test_a_time_that_nobody_can_read_counts_as_none(since):
+    _, orders = settle(SPEC, Memory(), NOW)
+    rollout = {"phase": "Progressing", "target": [{"product": "", "capMHz": 1590}], "step": 1, "since": since}
+    status = kept_rollout(rollout)
+    decision, orders = settle(SPEC, Memory(), NOW, status, orders=orders)
+    assert len([order for order in orders if order.cap_mhz is not None]) == 1
+    told = decision.statuses["uid-qwen"].pools[0].rollout
+    assert parse_timestamp(told.since) >= NOW, "it holds from now on"
+    _, orders = settle(SPEC, decision.memory, NOW + 30, status, orders=orders)
+    assert len([order for order in orders if order.cap_mhz is not None]) == 4
+
+
+@pytest.mark.parametrize("mhz", [0, 50, 5001])
+@pytest.mark.parametrize("where", ["target", "previous"])
+def test_a_clock_that_no_order_may_have_counts_as_none(where, mhz):
+    rollout = {"phase": "Progressing", "target": [{"product": "", "capMHz": 1590}], "step": 1, "steps": 2}
+    rollout[where] = [{"product": "", "capMHz": mhz}]
+    status = kept_rollout(rollout)
+    assert status.pools[0].energy_kwh == "12", "the rest of the status is read all the same"
+    decision, orders = settle(SPEC, Memory(), NOW, status)
+    assert {order.cap_mhz for order in orders} <= {1590, None}
+    assert as_kept(decision.statuses["uid-qwen"]).pools[0].rollout.step == 1
+
+
+def kept_rollout(rollout):
+    """A status as somebody left it."""
+    pools = [{"name": "decode", "role": "Decode", "energyKWh": "12", "rollout": rollout}]
+    return parse_policy({"status": {"pools": pools}}).status
 
 
 def test_observe_has_no_rollout_and_enforce_begins_one():
