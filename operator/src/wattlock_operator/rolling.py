@@ -9,7 +9,7 @@ from wattlock_api.policystatus import RolloutStatus
 
 from wattlock_operator.clocks import Cap, hold, products_of
 from wattlock_operator.reports import PoolKey
-from wattlock_operator.rollout import Candidate, Plan, plan_rollout
+from wattlock_operator.rollout import Breach, Candidate, Plan, plan_rollout
 from wattlock_operator.selection import Member
 from wattlock_operator.world import World
 
@@ -18,7 +18,8 @@ def _candidate(world: World, group: Sequence[Member], cap: Cap) -> Candidate:
     """Return an instance as its rollout sees it; ``group`` are its pods with GPUs."""
     ordered: set[int | None] = set()
     products: set[str] = set()
-    acted, breach, cools_down = True, "", False
+    breaches: list[Breach] = []
+    acted, cools_down = True, False
     for member in group:
         node_energy = world.node_energies.get(member.pod.node)
         report = node_energy.status if node_energy else None
@@ -26,8 +27,10 @@ def _candidate(world: World, group: Sequence[Member], cap: Cap) -> Candidate:
             ordered.add(None)
             acted = False
             continue
-        ordered |= {order.cap_mhz for order in node_energy.orders if order.pod_uid == member.pod.uid} or {None}
-        acted &= report.observed_generation >= node_energy.generation
+        written = next((order.cap_mhz for order in node_energy.orders if order.pod_uid == member.pod.uid), None)
+        has_acted = report.observed_generation >= node_energy.generation
+        ordered.add(written)
+        acted &= has_acted
         if member.pool.clock is not None and member.pool.clock.profile is not None:
             products |= products_of(report, member.pod.uid)
         key = f"{member.policy.uid}/{member.instance}"
@@ -36,7 +39,7 @@ def _candidate(world: World, group: Sequence[Member], cap: Cap) -> Candidate:
         if told is not None and told.guardrail_withdrawn:
             cools_down = True
         elif told is not None:
-            breach = breach or told.guardrail_message
+            breaches.append(Breach(told.guardrail_message or "the guardrail tripped", written, has_acted))
     return Candidate(
         name=group[0].instance,
         product=min(products, default=""),
@@ -44,7 +47,7 @@ def _candidate(world: World, group: Sequence[Member], cap: Cap) -> Candidate:
         ready=all(member.pod.ready for member in group),
         ordered_mhz=next(iter(ordered)) if len(ordered) == 1 else None,
         acted=acted,
-        breach=breach,
+        breaches=tuple(breaches),
         cools_down=cools_down,
     )
 

@@ -28,6 +28,17 @@ Caps = Mapping[str, int]
 
 
 @dataclass(frozen=True)
+class Breach:
+    """What the agent of one node says of a guardrail that holds an instance released."""
+
+    message: str
+    ordered_mhz: int | None
+    """The cap in the order that is written for that node; None: it has none, so it cools down from an earlier one."""
+    acted: bool
+    """Whether that agent has acted on its newest orders: what it reported before is about the clock of before."""
+
+
+@dataclass(frozen=True)
 class Candidate:
     """An instance that may be capped, as far as its nodes' agents tell."""
 
@@ -42,10 +53,20 @@ class Candidate:
     """The cap in the orders that are written for its pods; None: none yet, or they do not agree."""
     acted: bool = False
     """Whether its nodes' agents have acted on their newest orders."""
-    breach: str = ""
-    """Why the guardrail holds it released since the order; empty: it does not."""
+    breaches: tuple[Breach, ...] = ()
+    """By the agents of its nodes."""
     cools_down: bool = False
     """Whether the guardrail holds it released for a breach from before the order."""
+
+    @property
+    def breach(self) -> str:
+        """Why the guardrail holds it released under the cap that the pool asks for; empty: it does not.
+
+        Only the node that tells is asked. The agent that reads the metrics trips alone, and the orders of the others
+        say at once that the instance is held: its nodes do not agree any more, and need not.
+        """
+        told = (each.message for each in self.breaches if each.acted and each.ordered_mhz == self.cap_mhz)
+        return next(told, "")
 
 
 @dataclass(frozen=True)
@@ -165,8 +186,7 @@ def _step(
     steps = len(rules.steps)
     step = min(max(state.step, 1), steps)
     first = turns[: instances_of_step(rules.steps[step - 1], len(turns))]
-    # What was reported before the agent acted on the order is about the clock of before.
-    breached = next((each for each in first if each.breach and each.acted and each.ordered_mhz == each.cap_mhz), None)
+    breached = next((each for each in first if each.breach), None)
     if breached is not None:
         return Plan(
             _with(

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_worlds import DECODE, NOW, PREFILL, agent_pod, as_kept, instance, node_energy, pod, policy, world
-from wattlock_api.base import parse_timestamp
+from wattlock_api.base import parse_timestamp, timestamp
 from wattlock_api.constants import RolloutPhase
 from wattlock_api.energypolicy import Rollout
+from wattlock_api.nodeenergy import NodeEnergyStatus
 from wattlock_api.policystatus import RolloutStatus
 from wattlock_operator.decide import Memory, decide
 from wattlock_operator.parse import parse_policy
-from wattlock_operator.rollout import Candidate, in_turn, instances_of_step, plan_rollout
+from wattlock_operator.rollout import Breach, Candidate, in_turn, instances_of_step, plan_rollout
 
 RULES = Rollout(steps=[1, "50%", "100%"], hold_seconds=100)
 
@@ -29,6 +30,10 @@ class Pool:
         self.deaf: set[str] = set()
         self.state: RolloutStatus | None = None
 
+    def told(self, name):
+        told = self.breach.get(name)
+        return () if told is None else (Breach(told, self.ordered[name], name not in self.deaf),)
+
     def look(self, seconds=0.0):
         self.now += seconds
         candidates = [
@@ -39,7 +44,7 @@ class Pool:
                 ready=name not in self.not_ready,
                 ordered_mhz=mhz,
                 acted=name not in self.deaf,
-                breach=self.breach.get(name, ""),
+                breaches=self.told(name),
                 cools_down=name in self.cooling,
             )
             for name, mhz in self.ordered.items()
@@ -112,6 +117,30 @@ def test_a_breach_that_the_new_clock_did_not_make_does_not_count(whose):
     pool.run(50)
     assert pool.state.phase is RolloutPhase.PROGRESSING
     assert pool.ordered[first] == 1400
+
+
+@pytest.mark.parametrize(
+    ("breach", "counts"),
+    [
+        (Breach("slow", 1400, acted=True), True),
+        (Breach("told under the old clock", 1400, acted=False), False),
+        (Breach("told under the old clock", 1590, acted=True), False),
+        (Breach("cools down from an earlier cap", None, acted=True), False),
+    ],
+)
+def test_a_breach_is_judged_by_the_node_that_tells_it_alone(breach, counts):
+    """The other node's agent lags, or has the instance's release in its order already."""
+    pool = Pool().run(400)
+    pool.mhz = 1400
+    first = pool.look().turns[0]
+    for other in (Breach("", None, acted=False), Breach("", 1590, acted=True)):
+        spread = [
+            Candidate(name, "", 1400, True, None, False, (other, breach) if name == first else ())
+            for name in pool.ordered
+        ]
+        plan = plan_rollout(RULES, pool.state, spread, "seed", 1, pool.now)
+        assert (plan.status.phase is RolloutPhase.ROLLED_BACK) == counts
+        assert ("slow" in plan.status.message) == counts
 
 
 def test_the_hold_time_does_not_run_while_agents_have_not_acted_or_pods_are_not_ready():
@@ -357,6 +386,84 @@ def kept_rollout(rollout):
     """A status as somebody left it."""
     pools = [{"name": "decode", "role": "Decode", "energyKWh": "12", "rollout": rollout}]
     return parse_policy({"status": {"pools": pools}}).status
+
+
+def group(number, index, node):
+    """A pod of an instance on two nodes; the first one serves its metrics."""
+    labels = {"name": "big", "group-index": str(number), "worker-index": str(index)}
+    labels = {f"leaderworkerset.sigs.k8s.io/{name}": value for name, value in labels.items()}
+    return pod(f"big-{number}-{index}", DECODE | labels, node, group_size=2)
+
+
+class Spread:
+    """Two instances on two nodes each, whose agents act on their orders at once unless they lag."""
+
+    NODES = ("n1", "n2", "n3", "n4")
+    PODS = (group(0, 0, "n1"), group(0, 1, "n2"), group(1, 0, "n3"), group(1, 1, "n4"), pod("p0", PREFILL, "n1"))
+
+    def __init__(self):
+        self.now, self.memory = NOW, Memory()
+        self.orders, self.generations = dict.fromkeys(self.NODES, ()), dict.fromkeys(self.NODES, 1)
+        self.tripped: dict[str, list] = {}
+        self.lagging: set[str] = set()
+
+    def look(self, seconds=5.0):
+        self.now += seconds
+        entries = [
+            node_energy(
+                name,
+                self.orders[name],
+                generation=self.generations[name],
+                status=NodeEnergyStatus(
+                    observed_generation=self.generations[name] - (name in self.lagging),
+                    reported_at=timestamp(self.now),
+                    instances=self.tripped.get(name, []),
+                ),
+            )
+            for name in self.NODES
+        ]
+        pods = [*self.PODS, *map(agent_pod, self.NODES)]
+        decision = decide(world([policy(spec=SPEC)], pods, entries, self.NODES), None, self.memory, self.now)
+        self.memory = decision.memory
+        for name, written in decision.write_orders.items():
+            self.orders[name] = written
+            self.generations[name] += 1
+        return decision.statuses["uid-qwen"].pools[0].rollout
+
+    @property
+    def capped(self):
+        return {order.instance for orders in self.orders.values() for order in orders if order.cap_mhz is not None}
+
+    def trip(self, node, name):
+        self.tripped[node] = [instance(name, guardrail_tripped=True, guardrail_message="slow")]
+
+
+@pytest.mark.parametrize("lags", [True, False])
+def test_a_trip_on_one_of_an_instances_nodes_takes_everything_back_also_while_another_lags(lags):
+    pool = Spread()
+    pool.look()
+    pool.look()
+    (name,) = pool.capped
+    leader, worker = ("n1", "n2") if name == "big/0" else ("n3", "n4")
+    pool.trip(leader, name)
+    pool.lagging = {worker} if lags else set()
+    state = pool.look()
+    assert (state.phase, "slow" in state.message) == (RolloutPhase.ROLLED_BACK, True)
+    assert pool.capped == set()
+
+
+def test_a_trip_that_is_told_before_the_agent_has_acted_counts_once_it_has_though_the_others_are_held_by_then():
+    pool = Spread()
+    pool.look()
+    pool.look()
+    (name,) = pool.capped
+    leader = "n1" if name == "big/0" else "n3"
+    pool.trip(leader, name)
+    pool.lagging = {leader}
+    for _ in range(3):
+        assert pool.look().phase is RolloutPhase.PROGRESSING
+    pool.lagging = set()
+    assert pool.look().phase is RolloutPhase.ROLLED_BACK
 
 
 def test_observe_has_no_rollout_and_enforce_begins_one():
