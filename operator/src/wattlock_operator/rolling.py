@@ -31,8 +31,9 @@ def _candidate(world: World, group: Sequence[Member], cap: Cap) -> Candidate:
         has_acted = report.observed_generation >= node_energy.generation
         ordered.add(written)
         acted &= has_acted
-        if member.pool.clock is not None and member.pool.clock.profile is not None:
-            products |= products_of(report, member.pod.uid)
+        # Also where the pool has one number: the clock of before may be a profile's.
+        found = products_of(report, member.pod.uid)
+        products |= found if len(found) == 1 else frozenset()
         key = f"{member.policy.uid}/{member.instance}"
         told = next((each for each in report.instances if each.key == key and each.guardrail_tripped), None)
         # A cool-down that began under an order of before is no breach of this one; it only keeps it from being proved.
@@ -40,6 +41,7 @@ def _candidate(world: World, group: Sequence[Member], cap: Cap) -> Candidate:
             cools_down = True
         elif told is not None:
             breaches.append(Breach(told.guardrail_message or "the guardrail tripped", written, has_acted))
+    clock = group[0].pool.clock
     return Candidate(
         name=group[0].instance,
         product=min(products, default=""),
@@ -49,6 +51,7 @@ def _candidate(world: World, group: Sequence[Member], cap: Cap) -> Candidate:
         acted=acted,
         breaches=tuple(breaches),
         cools_down=cools_down,
+        by_product=clock is not None and clock.profile is not None,
     )
 
 

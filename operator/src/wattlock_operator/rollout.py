@@ -44,7 +44,7 @@ class Candidate:
 
     name: str
     product: str
-    """GPU product; "" where the clock does not depend on it."""
+    """GPU product; "": not known (yet)."""
     cap_mhz: int
     """The cap that the pool asks for."""
     ready: bool
@@ -57,6 +57,8 @@ class Candidate:
     """By the agents of its nodes."""
     cools_down: bool = False
     """Whether the guardrail holds it released for a breach from before the order."""
+    by_product: bool = True
+    """Whether the clock that the pool asks for depends on the product. The clock of before may have, all the same."""
 
     @property
     def breach(self) -> str:
@@ -93,7 +95,14 @@ def _listed(caps: Caps) -> list[ProductCap]:
 
 
 def _cap(caps: Caps, product: str) -> int | None:
+    """Return the cap of a product; where that is not known, the one on which all products agree."""
+    if not product and len(agreed := set(caps.values())) == 1:
+        return next(iter(agreed))
     return caps.get(product, caps.get(""))
+
+
+def _asked(candidates: Sequence[Candidate]) -> Caps:
+    return {each.product if each.by_product else "": each.cap_mhz for each in candidates}
 
 
 def _same(caps: Caps, candidates: Sequence[Candidate]) -> bool:
@@ -135,7 +144,7 @@ def plan_rollout(
     """
     if not candidates:
         return None if before is None else Plan(before, frozenset())
-    target = {each.product: each.cap_mhz for each in candidates}
+    target = _asked(candidates)
     everyone = frozenset(each.name for each in candidates)
     if rules is None:
         return Plan(_complete(target, len(everyone), 0), everyone)
@@ -207,7 +216,7 @@ def _step(
     held = began_seconds is not None and now_seconds - began_seconds >= rules.hold_seconds
     goes_on = not waits and not rules.paused and held
     if goes_on and step == steps:
-        return Plan(_complete({each.product: each.cap_mhz for each in turns}, len(turns), steps), _names(turns))
+        return Plan(_complete(_asked(turns), len(turns), steps), _names(turns))
     if goes_on:
         step += 1
         first = turns[: instances_of_step(rules.steps[step - 1], len(turns))]

@@ -249,6 +249,89 @@ def test_gpu_products_have_clocks_of_their_own():
     assert plan.cap_mhz(changed[0]) == 1100
 
 
+H100, H200 = "NVIDIA H100", "NVIDIA H200"
+BY_PROFILE = {"a": (H100, 1200), "b": (H200, 1590), "c": (H100, 1200), "d": (H200, 1590)}
+
+
+def settled(caps, by_product=True):
+    """The state of a pool whose instances have had these clocks for long."""
+    pool = [Candidate(name, product, mhz, True, by_product=by_product) for name, (product, mhz) in caps.items()]
+    return plan_rollout(None, None, pool, "seed", 1, NOW).status
+
+
+def asks(mhz, by_product=False):
+    """The same pool, asking for another clock: one number, or one by product."""
+    numbers = mhz if isinstance(mhz, dict) else dict.fromkeys((H100, H200), mhz)
+    return [
+        Candidate(name, product, numbers[product], True, by_product=by_product)
+        for name, (product, _) in BY_PROFILE.items()
+    ]
+
+
+def caps_of(plan, pool):
+    return {each.name: plan.cap_mhz(each) for each in pool}
+
+
+def test_from_a_profile_to_one_number_everybody_keeps_his_clock_until_his_turn_comes_and_after_a_trip():
+    before = settled(BY_PROFILE)
+    pool = asks(1400)
+    plan = plan_rollout(RULES, before, pool, "seed", 2, NOW)
+    (first,) = plan.on_target
+    clocks_of_before = {name: mhz for name, (_, mhz) in BY_PROFILE.items()}
+    assert caps_of(plan, pool) == clocks_of_before | {first: 1400}
+    tripped = [
+        dataclasses.replace(each, breaches=(Breach("slow", 1400, acted=True),)) if each.name == first else each
+        for each in pool
+    ]
+    back = plan_rollout(RULES, plan.status, tripped, "seed", 2, NOW + 5)
+    assert back.status.phase is RolloutPhase.ROLLED_BACK
+    assert caps_of(back, pool) == clocks_of_before
+    # And the profile again: that is the clock of before, so it needs no steps.
+    profile = asks({H100: 1200, H200: 1590}, by_product=True)
+    again = plan_rollout(RULES, back.status, profile, "seed", 3, NOW + 10)
+    assert again.status.phase is RolloutPhase.COMPLETE
+    assert caps_of(again, profile) == clocks_of_before
+
+
+def test_from_a_profile_to_the_same_number_nothing_changes_for_anybody():
+    before = settled({"a": (H200, 1590), "b": (H200, 1590)})
+    pool = [Candidate(name, H200, 1590, True, by_product=False) for name in "ab"]
+    new = Candidate("c", "", 1590, True, by_product=False)  # its node's agent has told nothing yet
+    plan = plan_rollout(RULES, before, [*pool, new], "seed", 2, NOW)
+    assert plan.status.phase is RolloutPhase.COMPLETE
+    assert caps_of(plan, [*pool, new]) == dict.fromkeys("abc", 1590)
+    # From now on it is one number, also for products that no profile knew.
+    other = Candidate("d", H100, 1590, True, by_product=False)
+    later = plan_rollout(RULES, plan.status, [*pool, other], "seed", 2, NOW + 5)
+    assert later.status.phase is RolloutPhase.COMPLETE
+
+
+def test_from_one_number_to_a_profile_only_the_products_that_get_another_clock_change_in_turn():
+    before = settled(dict.fromkeys(BY_PROFILE, (H200, 1590)), by_product=False)
+    pool = asks({H100: 1200, H200: 1590}, by_product=True)
+    plan = plan_rollout(RULES, before, pool, "seed", 2, NOW)
+    assert [each.cap_mhz for each in plan.status.previous] == [1590]
+    others = {each.name for each in pool} - plan.on_target
+    assert {caps_of(plan, pool)[name] for name in others} == {1590}
+    for number in range(60):
+        pool = [dataclasses.replace(each, ordered_mhz=caps_of(plan, pool)[each.name], acted=True) for each in pool]
+        plan = plan_rollout(RULES, plan.status, pool, "seed", 2, NOW + 10 * number)
+        assert all(plan.cap_mhz(each) == 1590 for each in pool if each.product == H200)
+    assert plan.status.phase is RolloutPhase.COMPLETE
+    # On the way back, too: each keeps its own until its turn comes.
+    fixed = asks(1590)
+    back = plan_rollout(RULES, plan.status, fixed, "seed", 3, NOW + 700)
+    assert back.status.phase is RolloutPhase.PROGRESSING
+    for each in fixed:
+        assert back.cap_mhz(each) in ({1590} if each.product == H200 or each.name in back.on_target else {1200})
+
+
+def test_an_instance_of_an_unknown_product_has_no_clock_of_before_where_products_differed():
+    pool = [*asks(1400), Candidate("new", "", 1400, True, by_product=False)]
+    plan = plan_rollout(RULES, settled(BY_PROFILE), pool, "seed", 2, NOW)
+    assert caps_of(plan, pool)["new"] in ({1400} if "new" in plan.on_target else {None})
+
+
 @pytest.mark.parametrize(
     ("step", "total", "count"),
     [(1, 4, 1), (9, 4, 4), ("25%", 4, 1), ("25%", 5, 2), ("100%", 3, 3), ("1%", 1000, 10), ("1%", 3, 1)],

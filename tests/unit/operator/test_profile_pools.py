@@ -45,6 +45,7 @@ class Site:
     batch: float | None = 20.0
     latency_ms: float = 8.0
     rollout: dict[str, Any] | None = None
+    clock: dict[str, Any] = field(default_factory=lambda: {"profile": "mine"})
     mode: str = "Enforce"
     now: float = NOW
     memory: Memory = field(default_factory=Memory)
@@ -68,7 +69,7 @@ class Site:
         ]
         entry = node_energy("n1", self.written, gpus=gpus, instances=served)
         told = entry.status.model_copy(update={"reported_at": timestamp(self.now - 2)})
-        spec = {"mode": self.mode, "pools": two_pools({"profile": "mine"}), "rollout": self.rollout}
+        spec = {"mode": self.mode, "pools": two_pools(self.clock), "rollout": self.rollout}
         here = world(
             [policy(spec=spec, status=self.status)],
             [*(pod(name, DECODE) for name in PODS), pod("p0", PREFILL), agent_pod("n1")],
@@ -185,6 +186,27 @@ def test_a_pool_that_rests_keeps_its_row():
     site.batch = None
     site.looks(3600)
     assert site.caps == [810] * 3
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_from_a_profile_to_a_number_and_back_nobody_loses_the_clock_of_before(restarted):
+    site = settled(rows=(row(810),), rollout={"steps": [1, "100%"], "holdSeconds": 300})
+    site.looks(1200)
+    assert site.caps == [810] * 3
+
+    def ask(clock):
+        site.clock = clock
+        site.memory = Memory() if restarted else site.memory
+        site.look()
+        return sorted(site.caps, key=lambda mhz: mhz or 0)
+
+    assert ask({"maxSMClockMHz": 810}) == [810] * 3
+    assert ask({"maxSMClockMHz": 1200}) == [810, 810, 1200]
+    assert ask({"profile": "mine"}) == [810] * 3
+    assert ask({"maxSMClockMHz": 1200}) == [810, 810, 1200]
+    site.looks(1200)
+    assert site.caps == [1200] * 3
+    assert ask({"profile": "mine"}) == [810, 1200, 1200]
 
 
 def test_another_row_is_rolled_out_like_any_change_of_clock():
