@@ -14,7 +14,7 @@ values later joules only. So the sum falls only while a cap is verified to cost 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from wattlock_api.base import MAX_CLOCK_MHZ, MIN_CLOCK_MHZ
@@ -78,6 +78,9 @@ class Account:
     energy_joules: float | None = None
     saved: Saved | None = None
     last: Mapping[CounterKey, Counters] = field(default_factory=dict)
+    """Counters as far as they are counted; those of instances that went away come first."""
+    present: frozenset[CounterKey] = frozenset()
+    """Whose counters were in the last report."""
 
 
 @dataclass(frozen=True)
@@ -147,17 +150,31 @@ def opening(report: PoolReport, sums: Sums, worth: Worth | None) -> Account:
             if cap in worth.caps_mhz
         )
         saved = (saved or Saved()) + worth.of(grown)
-    return Account(energy_joules=sums.energy_joules + missed, saved=saved, last=now)
+    return Account(energy_joules=sums.energy_joules + missed, saved=saved, last=now, present=frozenset(now))
 
 
-def advance(
-    account: Account, report: PoolReport, worth: Worth | None, elsewhere: Mapping[CounterKey, Counters] | None = None
-) -> Account:
+def _known(account: Account, others: Sequence[Account]) -> Mapping[CounterKey, Counters]:
+    """Return all counters of a policy's instances, each as far as a pool has counted it.
+
+    A pod may move to another pool and back, and its counters go on. The pool that it is in has counted furthest; what
+    another one remembers of it is what it was when it left.
+    """
+    known: dict[CounterKey, Counters] = {}
+    for other in others:
+        known |= other.last
+    known |= account.last
+    for other in others:
+        known |= {key: other.last[key] for key in other.present}
+    return known
+
+
+def advance(account: Account, report: PoolReport, worth: Worth | None, others: Sequence[Account] = ()) -> Account:
     """Return the account after a report.
 
-    ``worth`` is None while nothing is verified: then nothing is saved. ``elsewhere`` are counters as far as another
-    pool of the policy has counted them: a pod may move.
+    ``worth`` is None while nothing is verified: then nothing is saved. ``others`` are the accounts of the policy's
+    other pools before this report.
     """
+    known = _known(account, others)
     energy, saved = account.energy_joules, account.saved
     present: dict[CounterKey, Counters] = {}
     for item in report.instances:
@@ -166,7 +183,7 @@ def advance(
         key, now = _key(item), _counters(item)
         # Energy counts from the start of the counter. Savings count from the first look: what was used before it was
         # not looked at, so nobody knows whether it was counted already.
-        before = account.last.get(key) or (elsewhere or {}).get(key) or Counters(0.0, now.arm_joules)
+        before = known.get(key) or Counters(0.0, now.arm_joules)
         if now.energy_joules < before.energy_joules:
             before = Counters(0.0, {})  # its counters began anew
         energy = (energy or 0.0) + delta(before.energy_joules, now.energy_joules)
@@ -178,8 +195,8 @@ def advance(
             )
             saved = (saved or Saved()) + worth.of(capped)
         present[key] = now
-    gone = [(key, counters) for key, counters in account.last.items() if key not in present]
-    return Account(energy, saved, dict(gone[-MAX_GONE:]) | present)
+    gone = [(key, known[key]) for key in account.last if key not in present]
+    return Account(energy, saved, dict(gone[-MAX_GONE:]) | present, frozenset(present))
 
 
 def open_or_advance(
@@ -187,10 +204,7 @@ def open_or_advance(
 ) -> Account:
     """Return the pool's account after a report, opening it where there is none."""
     account = accounts.get(key)
-    elsewhere: dict[CounterKey, Counters] = {}
-    for (uid, pool), other in accounts.items():
-        if uid == key[0] and pool != key[1]:
-            elsewhere |= other.last
+    others = [other for (uid, pool), other in accounts.items() if uid == key[0] and pool != key[1]]
     if account is None:
         account = opening(report, sums, worth)
-    return advance(account, report, worth, elsewhere)
+    return advance(account, report, worth, others)

@@ -180,6 +180,67 @@ def test_a_pod_that_moves_to_another_pool_is_not_counted_again(second):
     assert moved.saved.joules == pytest.approx(20 * 0.25)
 
 
+class Pools:
+    """Two pools of a policy, between which the pod d0 moves."""
+
+    def __init__(self):
+        self.accounts: dict[tuple[str, str], Account] = {}
+
+    def look(self, where: str, energy: float = 0.0, capped: float = 0.0, worths: tuple[str, ...] = ("a", "b")):
+        """Look at a report that has the pod in this pool; "": in none."""
+        self.accounts = {
+            ("uid", pool): open_or_advance(
+                self.accounts,
+                ("uid", pool),
+                counted(energy, capped) if pool == where else report(),
+                Sums(),
+                FIFTH if pool in worths else None,
+            )
+            for pool in "ab"
+        }
+        return self
+
+    @property
+    def energy(self) -> float:
+        return sum(each.energy_joules or 0 for each in self.accounts.values())
+
+    @property
+    def saved(self) -> float:
+        return sum(each.saved.joules for each in self.accounts.values() if each.saved is not None)
+
+
+@pytest.mark.parametrize("away", [0, 1, 3])
+def test_a_pod_that_moves_to_another_pool_and_back_is_counted_once(away):
+    pools = Pools().look("a", 100, 80)
+    for pool, energy in (("b", 1100), ("b", 1200), ("a", 1300), ("b", 1400), ("a", 1500)):
+        for _ in range(away):
+            pools.look("")  # it is in neither for a while
+        pools.look(pool, energy, energy - 20)
+    assert pools.energy == 1500
+    assert pools.saved == pytest.approx((1480 - 80) * 0.25)
+    assert pools.accounts["uid", "b"].energy_joules == 1200
+
+
+def test_what_a_pool_without_a_verdict_counted_is_not_saved_by_another_afterwards():
+    pools = Pools().look("a", 100, 80, ("a",)).look("b", 1100, 1080, ("a",)).look("a", 1200, 1180, ("a",))
+    assert pools.saved == pytest.approx(100 * 0.25)
+
+
+MOVES = st.lists(
+    st.tuples(st.sampled_from(["a", "b", ""]), st.floats(0, 1000).map(lambda joules: round(joules, 1))), max_size=20
+)
+
+
+@given(MOVES)
+def test_however_a_pod_moves_its_energy_is_counted_once(moves):
+    pools, total, seen = Pools(), 0.0, 0.0
+    for where, joules in moves:
+        total += joules
+        seen = total if where else seen
+        pools.look(where, total, total)
+    assert pools.energy == pytest.approx(seen, abs=0.1)
+
+
 def test_an_account_that_is_open_goes_on_whatever_status_says():
     accounts = {KEY: run(Account(), counted(100))}
     stale = Sums(energy_joules=50.0, counted_joules=50.0)
