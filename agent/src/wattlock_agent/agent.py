@@ -231,11 +231,11 @@ class Agent:
             return False
         # A NodeEnergy that was deleted and made anew counts from 1: what was settled of the one before is none of its.
         self._settled_generation = min(self._settled_generation, event.orders.generation - 1)
-        self._orders = event.orders
+        first, self._orders = self._orders is None, event.orders
         self._orders_at_seconds = clock.now_seconds
         self._holders_asked_seconds = float("-inf")
         self.actuator.orders_changed(event.orders.orders)
-        earlier = {each.key: each for each in self._before.instances} if self._before else {}
+        earlier = {each.key: each for each in self._before.instances} if self._before and first else {}
         self.roster.follow(event.orders.orders, earlier, clock)
         return True
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from wattlock_api.base import decimal_string
-from wattlock_api.nodeenergy import InstanceStatus, Order
+from wattlock_api.nodeenergy import DroppedEpochs, InstanceStatus, Order
 
 from wattlock_agent.clock import Clock
 from wattlock_agent.holding import last_words
@@ -17,6 +17,7 @@ from wattlock_agent.world import Decision, Refusal
 
 _MAX_PARTED = 64
 #: Instances without orders are reported for so long: three reports, so that the operator sees their last joules.
+#: One that comes back later begins at zero: see ``_Parted.resumed``.
 PARTED_SECONDS = 60.0
 
 
@@ -27,6 +28,22 @@ class _Parted:
     status: InstanceStatus
     since_seconds: float
 
+    def is_told(self, now_seconds: float) -> bool:
+        """Return whether it is still reported."""
+        return now_seconds - self.since_seconds <= PARTED_SECONDS
+
+    def resumed(self, now_seconds: float) -> InstanceStatus:
+        """Return what goes on when it comes back.
+
+        Its sums, only as long as they are told without a break. The operator puts those that are told no more with the
+        sums of all pods that are gone, where no name is kept once it restarts: told again, they would count twice. It
+        understands sums that begin anew, whether or not it restarted. What held the instance released is no sum.
+        """
+        if self.is_told(now_seconds):
+            return self.status
+        nothing = {"energy_joules": "0", "arms": [], "pair_stats": [], "dropped": DroppedEpochs()}
+        return self.status.model_copy(update=nothing)
+
 
 class Roster:
     """One track for each instance that has orders."""
@@ -36,20 +53,32 @@ class Roster:
         self._parted: dict[InstanceKey, _Parted] = {}
 
     def follow(self, orders: Iterable[Order], earlier: Mapping[str, InstanceStatus], clock: Clock) -> None:
-        """Follow these orders, which are all of the node; ``earlier``: what an earlier agent had reported, by key."""
+        """Follow these orders, which are all of the node.
+
+        ``earlier``: by key, what an earlier agent had reported when this one saw its first orders, and with those only:
+        from then on the node's report is this agent's own.
+        """
         by_instance: dict[InstanceKey, list[Order]] = defaultdict(list)
         for order in orders:
             by_instance[key_of(order)].append(order)
+        for status in earlier.values():
+            # Its pod may just be replaced: then it is told on, and may go on, like one that this agent followed.
+            key = InstanceKey(status.policy_uid, status.instance)
+            if key not in by_instance:
+                self._part(key, status, clock)
         for key in self.tracks.keys() - by_instance.keys():
-            # It may come back, after a pod was replaced: its statistics go on then.
-            self._parted[key] = _Parted(self.tracks.pop(key).status(clock.now_seconds, None), clock.now_seconds)
-            while len(self._parted) > _MAX_PARTED:
-                del self._parted[next(iter(self._parted))]
+            self._part(key, self.tracks.pop(key).status(clock.now_seconds, None), clock)
         for key, group in by_instance.items():
             if key not in self.tracks:
                 parted = self._parted.pop(key, None)
-                self.tracks[key] = InstanceTrack(key, parted.status if parted else earlier.get(key.text), clock)
+                before = parted.resumed(clock.now_seconds) if parted else earlier.get(key.text)
+                self.tracks[key] = InstanceTrack(key, before, clock)
             self.tracks[key].follow(group, clock)
+
+    def _part(self, key: InstanceKey, status: InstanceStatus, clock: Clock) -> None:
+        self._parted[key] = _Parted(status, clock.now_seconds)
+        while len(self._parted) > _MAX_PARTED:
+            del self._parted[next(iter(self._parted))]
 
     def credit(self, key: InstanceKey | None, joules: float) -> None:
         """Add the energy of a GPU of an instance, also if its orders went away since."""
@@ -73,12 +102,11 @@ class Roster:
             instance.ticked(clock, mine, {each.uuid: tracks[each.uuid] for each in mine if each.uuid in tracks})
 
     def parted(self, now_seconds: float) -> list[InstanceStatus]:
-        """Return the instances whose orders went away lately: their last joules are still to be told."""
-        return [
-            last_words(each.status)
-            for each in self._parted.values()
-            if now_seconds - each.since_seconds <= PARTED_SECONDS and each.status.energy_joules is not None
-        ]
+        """Return the instances whose orders went away lately: their last joules are still to be told.
+
+        Also those of unknown energy: their pairs may go on.
+        """
+        return [last_words(each.status) for each in self._parted.values() if each.is_told(now_seconds)]
 
     def holds(self, now_seconds: float) -> dict[InstanceKey, Refusal]:
         """Return what holds instances released."""

@@ -4,7 +4,8 @@ An agent reports sums of the instances that it has now. Were pairs to vanish wit
 be a second chance for the evidence to rise (what spoke against it is forgotten as often as what spoke for it), and a
 pool that scales all day would never have enough. So the operator keeps the sums of instances that left, by cap, and
 publishes them in status: a restarted operator goes on from there. What is known of instances that left lately is kept
-apart, so that a node that was only away is not counted twice.
+apart, so that a node that was only away is not counted twice. A restarted operator does not know their names any more:
+it relies on agents, which begin at zero with an instance that they had ceased to report.
 """
 
 from collections.abc import Mapping, Sequence

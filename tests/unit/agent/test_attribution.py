@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from wattlock_agent.holders.base import PodName
 from wattlock_agent.rates import Scrape, work_rates
 from wattlock_agent.report import build_status
+from wattlock_agent.roster import PARTED_SECONDS
 from wattlock_agent.serving.pages import parse_page
 from wattlock_api.nodeenergy import NodeEnergyStatus
 
@@ -80,6 +81,109 @@ def test_the_last_joules_of_an_instance_are_told_after_its_order_went_away(make_
     assert energies(node) == {"a": told}
     node.run(60)
     assert energies(node) == {}
+
+
+def sums(entry):
+    """What an instance's report has summed up."""
+    return (
+        float(entry.energy_joules or 0),
+        sum(float(arm.joules) for arm in entry.arms),
+        sum(stats.pairs for stats in entry.pair_stats),
+        sum(entry.dropped.model_dump().values()),
+    )
+
+
+def measured(make_node, order):
+    """A node whose instance has measured for long, and its sums."""
+    node = make_node(gpus=1)
+    node.order(order)
+    give(node, "a")
+    node.run(400)
+    (entry,) = status_of(node).instances
+    assert sums(entry)[2] >= 3
+    return node, sums(entry)
+
+
+def replaced(node, order, away_seconds):
+    """The pod is away for so long; returns what is told in its first pass after that."""
+    node.order(generation=2)
+    give(node, None)
+    node.run(away_seconds)
+    node.order(order, generation=3)
+    give(node, "a")
+    node.run(1)
+    (entry,) = status_of(node).instances
+    return entry
+
+
+def test_an_instance_that_returns_while_its_sums_are_still_told_goes_on_with_them(make_node, make_order, switchback):
+    order = make_order("a", experiment=switchback)
+    node, before = measured(make_node, order)
+    after = replaced(node, order, PARTED_SECONDS)
+    assert sums(after) >= before
+    assert sums(after)[2] == before[2]
+
+
+def test_an_instance_whose_sums_are_told_no_more_begins_at_zero(make_node, make_order, switchback):
+    """The operator has put them with those of the pods that are gone, and may know it from its status alone."""
+    order = make_order("a", experiment=switchback)
+    node, _ = measured(make_node, order)
+    assert sums(replaced(node, order, PARTED_SECONDS + 2)) == (0, 0, 0, 0)
+    node.run(400)
+    (entry,) = status_of(node).instances
+    assert 0 < sums(entry)[0] <= 402 * 500
+    assert sums(entry)[2] >= 3
+
+
+def test_what_held_an_instance_released_holds_it_when_it_returns_however_late(make_node, make_order):
+    order = make_order("a", guardrail={"maxInterTokenLatencyMs": 5})
+    node = make_node(gpus=1)
+    node.order(order)
+    give(node, "a")
+    node.run(60)
+    (before,) = status_of(node).instances
+    assert before.guardrail_tripped
+    after = replaced(node, order, PARTED_SECONDS + 2)
+    assert (after.guardrail_tripped, after.guardrail_trips) == (True, before.guardrail_trips)
+
+
+@pytest.mark.parametrize("away_seconds", [5, PARTED_SECONDS + 2])
+def test_what_an_earlier_agent_told_goes_on_at_once_or_while_it_is_told(
+    make_node, make_order, switchback, away_seconds
+):
+    order = make_order("a", experiment=switchback)
+    node, before = measured(make_node, order)
+    told = status_of(node).to_api()
+    # Its pod is being replaced while the agent starts.
+    node.order(generation=2)
+    node.start(told)
+    node.run(1)
+    (kept,) = status_of(node).instances
+    assert sums(kept) == before
+    after = replaced(node, order, away_seconds)
+    assert (sums(after)[2] == before[2]) == (away_seconds < PARTED_SECONDS)
+    assert (sums(after)[0] >= before[0]) == (away_seconds < PARTED_SECONDS)
+
+
+def test_what_an_earlier_agent_told_goes_on_once(make_node, make_order, switchback):
+    order = make_order("a", experiment=switchback)
+    node, before = measured(make_node, order)
+    node.start(status_of(node).to_api())
+    node.run(1)
+    (entry,) = status_of(node).instances
+    assert sums(entry)[2] == before[2]
+    # So many others come and go that this one's last words are over before their time.
+    node.order(generation=2)
+    node.run(1)
+    for number in range(70):
+        node.order(make_order(f"other-{number}"), generation=3 + 2 * number)
+        node.run(0.1, 0.1)
+        node.order(generation=4 + 2 * number)
+        node.run(0.1, 0.1)
+    assert "a" not in energies(node)
+    node.order(order, generation=200)
+    node.run(1)
+    assert sums(next(each for each in status_of(node).instances if each.instance == "a"))[2] == 0
 
 
 def test_a_silent_kubelet_costs_a_gap_that_is_told(make_node, make_order):

@@ -113,6 +113,22 @@ def test_whatever_comes_and_goes_each_pair_counts_once(steps, restart_at):
     assert total(ledger) == sum(seen.values())
 
 
+@given(STEPS, st.sets(st.integers(0, 12)))
+def test_each_pair_counts_once_whenever_the_operator_restarts_if_who_was_away_begins_at_zero(steps, restarts):
+    """As agents do it: sums that were told no more are not told again."""
+    told: dict[str, int] = {}
+    ledger, measured = Ledger(), 0
+    for number, step in enumerate(steps):
+        if number in restarts:
+            ledger = follow(report(**told), ledger=opening(published(ledger.departed)))
+        told = {name: told.get(name, 0) for name in step}  # reported at once, before there can be another pair
+        ledger = advance(ledger, report(**told))
+        told = {name: before + step[name] for name, before in told.items()}
+        measured += sum(step.values())
+        ledger = advance(ledger, report(**told))
+    assert total(ledger) == measured
+
+
 def whole_world(names, pairs):
     labels = {"app": "m"}
     pods = [pod(name, DECODE | labels) for name in names] + [pod("p", PREFILL | labels), agent_pod("n1")]
