@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 
+from pydantic import ValidationError
 from wattlock_api.base import decimal_string
 from wattlock_api.constants import GpuState, Mode, Reason, Role
 from wattlock_api.energypolicy import Guardrail
@@ -64,6 +65,8 @@ class InstanceTrack:
         self.switchback = Switchback(before)
         self.scrape_failures: dict[str, int] = {}
         self._restarted_seconds = _NEVER_SECONDS
+        self._unfit = False
+        """Whether a report of it could not be made."""
 
     @property
     def _order(self) -> Order:
@@ -278,6 +281,25 @@ class InstanceTrack:
 
     def status(self, now_seconds: float, without_gpu: Refusal | None) -> InstanceStatus:
         """Return the instance for the report; ``without_gpu``: why one of its pods has no GPU here."""
+        try:
+            return self._status(now_seconds, without_gpu)
+        except ValidationError as error:
+            # The pages are bounded, and so are the numbers made of them. Should one slip through all the same, it must
+            # not stop an agent that has other people's GPUs to undo.
+            if not self._unfit:
+                _log.error("instance=%s its numbers do not fit into a report: %.500s", self.key.instance, error)
+            self._unfit = True
+            text = "what its metrics say does not fit into a report: nothing is told of it until the agent is restarted"
+            return InstanceStatus(
+                key=self.key.text,
+                policy_uid=self.key.policy_uid,
+                pool=self._order.pool,
+                instance=self.key.instance,
+                reason=Reason.METRICS_INVALID,
+                message=text,
+            )
+
+    def _status(self, now_seconds: float, without_gpu: Refusal | None) -> InstanceStatus:
         order = self._order
         reason, message = "", ""
         if without_gpu is not None:

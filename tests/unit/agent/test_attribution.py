@@ -1,6 +1,8 @@
 """Whose energy and whose tokens: GPUs that change hands, pods that come and go, roles, idle instances."""
 
+import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from wattlock_agent.holders.base import PodName
 from wattlock_agent.rates import Scrape, work_rates
 from wattlock_agent.report import build_status
 from wattlock_agent.roster import PARTED_SECONDS
+from wattlock_agent.serving.base import ServingCounters
 from wattlock_agent.serving.pages import parse_page
 from wattlock_api.nodeenergy import NodeEnergyStatus
 
@@ -327,7 +330,7 @@ vllm:num_requests_running 1
         *("estimated_gigaflops", "estimated_gigabytes", "waiting_requests"),
     }
     assert set(work_rates([page(0.0, 1.0), page(5.0, 1e6)], 0, 6.0)) == told
-    assert work_rates([page(0.0, 1.0), page(5.0, 1e200)], 0, 6.0) == {}
+    assert work_rates([page(0.0, 1.0), page(5.0, 9e14)], 0, 6.0) == {}
 
 
 def test_energy_for_next_to_no_tokens_is_unknown(make_node, make_order):
@@ -350,3 +353,25 @@ def test_a_page_that_tells_too_much_leaves_a_report_that_the_schema_takes(make_n
     (entry,) = status.instances
     assert (entry.tokens_per_second, entry.waiting_requests) == (None, None)
     assert entry.arms, "its epochs are measured, however many tokens it tells"
+
+
+def test_numbers_that_fit_into_no_report_cost_their_instance_and_nobody_else(make_node, make_order, switchback, caplog):
+    node = make_node(gpus=2)
+    node.order(make_order(experiment=switchback), make_order("decode-1", experiment=switchback))
+    scraped = node.agent.instances
+    node.run(1)
+    for key, track in scraped.items():
+        if key.instance == "decode-0":  # past the page's parser, which refuses such counts
+            track.scraped = partial(odd, track.scraped)
+    node.run(180)
+    told = {each.instance: each for each in status_of(node).instances}
+    assert told["decode-0"].reason == "MetricsInvalid"
+    assert told["decode-1"].reason == ""
+    assert float(told["decode-1"].energy_joules) > 0
+    assert caplog.text.count("do not fit into a report") == 1
+    NodeEnergyStatus.model_validate(status_of(node).to_api())
+
+
+def odd(scraped, url, result, took_seconds, clock):
+    page = replace(result, generated_tokens=math.nan) if isinstance(result, ServingCounters) else result
+    return scraped(url, page, took_seconds, clock)
