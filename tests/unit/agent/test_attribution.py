@@ -312,14 +312,14 @@ def test_an_energy_that_is_not_known_does_not_become_a_number_in_last_words(make
 
 
 def test_what_no_engine_can_do_is_unknown():
-    def page(at_seconds: float, count: float) -> Scrape:
+    def page(at_seconds: float, count: float, work: float) -> Scrape:
         text = f"""vllm:generation_tokens_total {count}
 vllm:prompt_tokens_by_source_total{{source="local_compute"}} {count}
 vllm:inter_token_latency_seconds_sum {count}
 vllm:inter_token_latency_seconds_count {at_seconds + 1}
-vllm:estimated_flops_per_gpu_total {count}
-vllm:estimated_read_bytes_per_gpu_total {count}
-vllm:estimated_write_bytes_per_gpu_total {count}
+vllm:estimated_flops_per_gpu_total {work}
+vllm:estimated_read_bytes_per_gpu_total {work}
+vllm:estimated_write_bytes_per_gpu_total {work}
 vllm:num_requests_waiting {count}
 vllm:num_requests_running 1
 """
@@ -329,8 +329,8 @@ vllm:num_requests_running 1
         *("tokens_per_second", "prompt_tokens_per_second", "inter_token_latency_ms"),
         *("estimated_gigaflops", "estimated_gigabytes", "waiting_requests"),
     }
-    assert set(work_rates([page(0.0, 1.0), page(5.0, 1e6)], 0, 6.0)) == told
-    assert work_rates([page(0.0, 1.0), page(5.0, 9e14)], 0, 6.0) == {}
+    assert set(work_rates([page(0.0, 1.0, 1.0), page(5.0, 1e6, 1e6)], 0, 6.0)) == told
+    assert work_rates([page(0.0, 1.0, 1.0), page(5.0, 9e14, 4e26)], 0, 6.0) == {}
 
 
 def test_energy_for_next_to_no_tokens_is_unknown(make_node, make_order):
