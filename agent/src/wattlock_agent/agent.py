@@ -99,8 +99,8 @@ class Agent:
         self._scan = Scan(0, None)
         self._scanned_at_seconds = float("-inf")
         self._silent: dict[str, int] = defaultdict(int)
-        self._unlisted: frozenset[str] = frozenset()
-        """GPUs with a record that the driver does not list, and that could not be reset yet."""
+        self._unlisted: frozenset[str] | None = None
+        """GPUs with a record that the driver does not list and that could not be reset; None: not looked at yet."""
         self._before: NodeEnergyStatus | None = None
         self._settled_generation = 0
         self.stopping = False
@@ -159,6 +159,7 @@ class Agent:
         self._journal_damage = damage
         self._other_agent = other_agent
         self._journal_known = not isinstance(journal, NoJournal)
+        self._unlisted, self._scanned_at_seconds = None, float("-inf")
         self.actuator.drop_records_of_other_boots()
 
     def holders_wanted(self, clock: Clock) -> bool:
@@ -312,6 +313,7 @@ class Agent:
                     self.actuator.lock_lost(gpu.uuid, clock.now_seconds)
                     if gpu.uuid in self.tracks:  # it comes back with a reset, if at all
                         self.tracks[gpu.uuid].interrupt()
+        self._unlisted = frozenset()
         if scan.driver is not None and self._mode is Mode.ENFORCE and scan.may_write:
             listed = {gpu.uuid for gpu in scan.gpus}
             self._unlisted = self.actuator.release_unlisted(listed, clock.now_seconds)
@@ -367,7 +369,7 @@ class Agent:
         """Whether nothing is left to do for the present orders; needs the kubelet's word from after they came."""
         if world.other_agent:  # what it has locked is not known here
             return False
-        if self._mode is Mode.ENFORCE and (not self._journal_known or self._unlisted):
+        if self._mode is Mode.ENFORCE and (not self._journal_known or self._unlisted is None or self._unlisted):
             return False  # a lock may stand that nobody has looked at
         if world.pending or not all(decision.settled for decision in decisions.values()):
             return False

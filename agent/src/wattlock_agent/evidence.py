@@ -31,6 +31,10 @@ class PromptEvidence:
 def add_work(evidence: PromptEvidence, work: Work) -> PromptEvidence:
     """Return the evidence after a scrape."""
     kept = tuple(each for each in evidence.recent if work.at_seconds - each.at_seconds <= WINDOW_SECONDS)
+    older = evidence.recent[: len(evidence.recent) - len(kept)]
+    if older and _tokens(older[-1]) == _tokens((*kept, work)[0]):
+        # Nothing was done in between, so it is as true of a minute ago: a burst after a lull is seen at once.
+        kept = (replace(older[-1], at_seconds=work.at_seconds - WINDOW_SECONDS), *kept)
     # While an instance is idle pages come four times a second, all alike: begin and end of a lull say all about it.
     lull = len(kept) > 1 and _tokens(kept[-2]) == _tokens(kept[-1]) == _tokens(work)
     recent = (*(kept[:-1] if lull else kept[-63:]), work)

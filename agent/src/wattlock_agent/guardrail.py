@@ -166,6 +166,16 @@ def trip(state: GuardrailState, guardrail: Guardrail, now_seconds: float, messag
     )
 
 
+@dataclass(frozen=True)
+class Remembered:
+    """What outlives the orders of an instance."""
+
+    state: GuardrailState
+    cap_mhz: int | None
+    """Of the last order that had one; another cap is tried at once."""
+    bounds: Guardrail | None
+
+
 def without_cap(state: GuardrailState) -> GuardrailState:
     """Return what is left of a state while the order has no cap: the cool-down; what was seen of the cap is over."""
     return GuardrailState(

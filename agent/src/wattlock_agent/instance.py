@@ -35,8 +35,14 @@ _TOLD_BEFORE = (Reason.COMPUTES_PROMPTS, Reason.PREFILL_SHARE, Reason.PREFILL_NO
 class InstanceTrack:
     """What is known of an instance over time."""
 
-    def __init__(self, key: InstanceKey, before: InstanceStatus | None, clock: Clock) -> None:
-        """``before``: what an earlier agent had reported of the same instance."""
+    def __init__(
+        self,
+        key: InstanceKey,
+        before: InstanceStatus | None,
+        clock: Clock,
+        remembered: guardrail.Remembered | None = None,
+    ) -> None:
+        """``before``: what had been reported of the same instance; ``remembered``: if by this agent, what it knows."""
         self.key = key
         self._orders: tuple[Order, ...] = ()
         self._url: str | None = None
@@ -58,10 +64,13 @@ class InstanceTrack:
         self._guardrail = guardrail.GuardrailState(trips=before.guardrail_trips if before else 0)
         self._would_trip = guardrail.GuardrailState()
         """The same rule while it is released for comparison."""
-        self._restore_trip = before if before and before.guardrail_tripped else None
+        self._restore_trip = before if before and before.guardrail_tripped and remembered is None else None
         self._last_cap_mhz: int | None = None
         """Of the last order that had one."""
         self._last_bounds: Guardrail | None = None
+        if remembered is not None:
+            self._guardrail = remembered.state
+            self._last_cap_mhz, self._last_bounds = remembered.cap_mhz, remembered.bounds
         self.switchback = Switchback(before)
         self.scrape_failures: dict[str, int] = {}
         self._restarted_seconds = _NEVER_SECONDS
@@ -273,6 +282,11 @@ class InstanceTrack:
             text = f"it is not seen how much it prefills: {self._failure.message}"
             return Refusal(released, self._failure.reason, text)
         return prefill.objection(self._prefill, now_seconds, order.max_prefill_percent)
+
+    @property
+    def remembered(self) -> guardrail.Remembered:
+        """What outlives its orders."""
+        return guardrail.Remembered(guardrail.without_cap(self._guardrail), self._last_cap_mhz, self._last_bounds)
 
     @property
     def guardrail_trips(self) -> int:

@@ -9,6 +9,7 @@ from wattlock_api.base import decimal_string
 from wattlock_api.nodeenergy import DroppedEpochs, InstanceStatus, Order
 
 from wattlock_agent.clock import Clock
+from wattlock_agent.guardrail import Remembered
 from wattlock_agent.holding import last_words
 from wattlock_agent.instance import InstanceTrack
 from wattlock_agent.orders import InstanceKey, key_of
@@ -27,6 +28,8 @@ class _Parted:
 
     status: InstanceStatus
     since_seconds: float
+    remembered: Remembered | None = None
+    """None: another agent had followed it."""
 
     def is_told(self, now_seconds: float) -> bool:
         """Return whether it is still reported."""
@@ -65,18 +68,19 @@ class Roster:
             # Its pod may just be replaced: then it is told on, and may go on, like one that this agent followed.
             key = InstanceKey(status.policy_uid, status.instance)
             if key not in by_instance:
-                self._part(key, status, clock)
+                self._part(key, _Parted(status, clock.now_seconds))
         for key in self.tracks.keys() - by_instance.keys():
-            self._part(key, self.tracks.pop(key).status(clock.now_seconds, None), clock)
+            track = self.tracks.pop(key)
+            self._part(key, _Parted(track.status(clock.now_seconds, None), clock.now_seconds, track.remembered))
         for key, group in by_instance.items():
             if key not in self.tracks:
                 parted = self._parted.pop(key, None)
                 before = parted.resumed(clock.now_seconds) if parted else earlier.get(key.text)
-                self.tracks[key] = InstanceTrack(key, before, clock)
+                self.tracks[key] = InstanceTrack(key, before, clock, parted.remembered if parted else None)
             self.tracks[key].follow(group, clock)
 
-    def _part(self, key: InstanceKey, status: InstanceStatus, clock: Clock) -> None:
-        self._parted[key] = _Parted(status, clock.now_seconds)
+    def _part(self, key: InstanceKey, parted: _Parted) -> None:
+        self._parted[key] = parted
         while len(self._parted) > _MAX_PARTED:
             del self._parted[next(iter(self._parted))]
 

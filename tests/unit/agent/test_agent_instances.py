@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from wattlock_agent.evidence import PromptEvidence, Work, add_work, computes_prompts
 from wattlock_agent.report import build_status
 from wattlock_api.schedule import Arm, arm_of, epoch_at
 
@@ -195,3 +196,16 @@ def test_a_group_of_pods_with_two_roles_is_watched_for_the_one_that_is_capped(ma
     node.run(30)
     assert node.locked() == set()
     assert node.reasons()["GPU-1"] == "Guardrail"
+
+
+@pytest.mark.parametrize("every_seconds", [5.0, 0.25])
+def test_a_burst_of_prompts_after_a_long_rest_is_seen_at_once(every_seconds):
+    seen, now = PromptEvidence(), 0.0
+    while now <= 200:
+        seen = add_work(seen, Work(now, 1000.0, 50_000.0))
+        now += every_seconds
+    for number in range(int(10 / every_seconds)):
+        seen = add_work(seen, Work(now, 1000.0 + 5000 * (number + 1), 50_000.0))
+        now += every_seconds
+    assert computes_prompts(seen, now)
+    assert len(seen.recent) <= 64

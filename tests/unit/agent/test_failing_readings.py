@@ -113,3 +113,21 @@ def test_a_journal_that_cannot_be_opened_confirms_nothing(make_node):
     node.run(40)
     assert node.locked() == set()
     assert node.agent.outlook.settled_generation == 5
+
+
+def test_a_journal_that_opens_late_confirms_nothing_before_gpus_that_are_not_listed_were_looked_at(make_node):
+    node = make_node(gpus=1)
+    node.journal.disk["GPU-9"] = LockRecord("GPU-9", 1200, "policy-1", "uid", "boot-1", "")
+    node.driver.locks["GPU-9"] = (345, 1200)
+    node.driver.faults["reset"] = GpuFault.TRANSIENT
+    node.agent.open_journal(NoJournal("input/output error"))
+    node.order(generation=5)
+    node.run(40)
+    node.agent.open_journal(node.journal)
+    node.run(1, 0.25)
+    node.run(20)
+    assert node.agent.outlook.settled_generation < 5
+    del node.driver.faults["reset"]
+    node.run(10)
+    assert node.locked() == set()
+    assert node.agent.outlook.settled_generation == 5

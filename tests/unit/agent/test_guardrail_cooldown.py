@@ -156,3 +156,27 @@ def test_a_tuner_keeps_the_pool_released_until_the_cool_down_is_over(tripped):
     ]
     assert state.guardrail_arms == 1
     assert tripped.node.locked() == {"GPU-0"}
+
+
+def test_an_instance_that_returns_is_not_held_longer_than_its_cool_down(make_node, make_order):
+    node = make_node(gpus=1)
+    order = make_order(guardrail={"maxInterTokenLatencyMs": 50, "cooldownSeconds": 600})
+    node.order(order)
+    node.run(30)
+    node.latency_seconds = 0.080
+    node.run(15)
+    assert node.reasons() == {"GPU-0": "Guardrail"}
+    node.latency_seconds = 0.010
+    for generation in range(2, 14, 2):  # its pod is replaced again and again
+        node.order(generation=generation)
+        node.run(5)
+        node.order(order, generation=generation + 1)
+        node.run(45)
+        assert node.locked() == set(), "the cool-down goes on"
+    node.run(360)
+    assert node.locked() == {"GPU-0"}
+    node.order(generation=20)
+    node.run(1200)
+    node.order(order, generation=21)
+    node.run(30)
+    assert node.locked() == {"GPU-0"}

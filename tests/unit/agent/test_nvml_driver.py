@@ -227,6 +227,19 @@ def test_a_gpu_that_stumbles_while_listed_can_still_be_reset(agent: Agent, node:
     assert len(agent.value("list_gpus")) == 2
 
 
+def test_a_gpu_that_was_never_listed_can_be_reset_and_one_that_is_not_there_is_lost(
+    worker: Agent, node: StateFile
+) -> None:
+    node.gpus[0].request.lock_range_mhz = 345 << 32 | 1590
+    control.inject_fault(node.gpus[0].faults, "nvmlDeviceGetMigMode", 999)
+    worker.value("open")
+    assert [gpu["uuid"] for gpu in worker.value("list_gpus")] == [uuid_of(node, 1)]
+    answer = worker.ask("reset", uuid_of(node))
+    assert answer.get("fault") == (None if MAY_WRITE else GpuFault.NO_PERMISSION)
+    assert (node.gpus[0].request.lock_range_mhz == 0) is MAY_WRITE
+    assert worker.fault("reset", "GPU-00000000-0000-0000-0000-000000000000") == GpuFault.GPU_LOST
+
+
 @pytest.mark.parametrize("function", ["nvmlDeviceGetUUID", "nvmlDeviceGetMigMode"])
 def test_a_driver_upgrade_under_way_is_no_failure_of_one_gpu(agent: Agent, node: StateFile, function: str) -> None:
     control.inject_fault(node.gpus[1].faults, function, 18)

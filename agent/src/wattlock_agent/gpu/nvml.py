@@ -199,10 +199,13 @@ class NvmlDriver:
     def reset(self, uuid: str) -> None:
         """Return the SM clock to default management; no error when it was there already.
 
+        Also of a GPU that ``list_gpus`` had to leave out: its lock is the one that nobody sees.
+
         Raises:
-            GpuError: a lock may still be in force.
+            GpuError: a lock may still be in force; with GPU_LOST: the driver does not have the GPU (any more).
         """
-        self._ask(uuid, "nvmlDeviceResetGpuLockedClocks")
+        gpu = self._gpus.get(uuid)
+        _call("nvmlDeviceResetGpuLockedClocks", uuid, gpu.handle if gpu is not None else _handle_of(uuid))
 
     def may_write(self) -> bool:
         """Return whether CAP_SYS_ADMIN is effective in this process; see ``capability.has_sys_admin``."""
@@ -336,6 +339,16 @@ class NvmlDriver:
             elif fault not in _ABSENT_FAULTS:
                 values[int(answer.fieldId)] = None
         return values
+
+
+def _handle_of(uuid: str) -> Any:
+    call = "nvmlDeviceGetHandleByUUID"
+    try:
+        return _call(call, uuid, uuid)
+    except GpuError as error:
+        if error.fault is not GpuFault.NOT_SUPPORTED:
+            raise
+        raise GpuError(GpuFault.GPU_LOST, call, uuid, f"{uuid} is not among the driver's GPUs") from None
 
 
 def _call(function: str, uuid: str | None, *arguments: Any) -> Any:
