@@ -41,12 +41,11 @@ def test_the_agent_may_do_little(helm):
     assert sorted(bound) == ["wattlock-agent", "wattlock-agent-lease"]
 
 
-def test_the_operator_may_do_what_it_does_and_no_more(helm):
-    """Every verb here is one that the operator's code, or Kopf for it, sends; PUT is for the lease alone."""
-    objects = helm.render("agent.namespace=gpu-agents")
+def rights_of(objects, account: str) -> dict[tuple[str, str, str], set[str]]:
+    """Verbs by namespace (empty: everywhere), group and resource (with its name, where only one may be touched)."""
     rights: dict[tuple[str, str, str], set[str]] = {}
     for binding in [o for o in objects if o["kind"] in ("RoleBinding", "ClusterRoleBinding")]:
-        if [subject["name"] for subject in binding["subjects"]] != ["wattlock-operator"]:
+        if [subject["name"] for subject in binding["subjects"]] != [account]:
             continue
         where = binding["metadata"].get("namespace", "")
         for rule in named(objects, binding["roleRef"]["kind"], binding["roleRef"]["name"])["rules"]:
@@ -54,8 +53,26 @@ def test_the_operator_may_do_what_it_does_and_no_more(helm):
                 place = f"{resource} {''.join(rule.get('resourceNames', []))}".strip()
                 for group in rule["apiGroups"]:
                     rights.setdefault((where, group, place), set()).update(rule["verbs"])
+    return rights
+
+
+def test_the_release_hook_may_do_what_it_does_and_no_more(helm):
+    """It stops the operator by its scale: who may change the Deployment may run anything with the operator's rights."""
+    assert rights_of(helm.render("agent.namespace=gpu-agents"), "wattlock-release-all") == {
+        ("", "wattlock.dev", "nodeenergies"): {"list"},
+        ("", "wattlock.dev", "energypolicies"): {"list", "patch"},
+        ("wattlock-system", "apps", "deployments wattlock-operator"): {"get"},
+        ("wattlock-system", "apps", "deployments/scale wattlock-operator"): {"patch"},
+        ("wattlock-system", "", "pods"): {"list"},
+        ("gpu-agents", "apps", "daemonsets"): {"list", "delete"},
+        ("gpu-agents", "", "pods"): {"list"},
+    }
+
+
+def test_the_operator_may_do_what_it_does_and_no_more(helm):
+    """Every verb here is one that the operator's code, or Kopf for it, sends; PUT is for the lease alone."""
     read = {"get", "list", "watch"}
-    assert rights == {
+    assert rights_of(helm.render("agent.namespace=gpu-agents"), "wattlock-operator") == {
         ("", "wattlock.dev", "energypolicies"): read | {"patch"},
         ("", "wattlock.dev", "energypolicies/status"): {"patch"},
         ("", "wattlock.dev", "nodeenergies"): read | {"create", "patch", "delete"},

@@ -7,10 +7,12 @@ the clock, and then nobody is named. Names and labels are anybody's to write: a 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 MAX_NAMED = 3
-#: Of a container's command line: start scripts may be long.
+#: Of a container's command line: start scripts may be long. A tenant's pod may have hundreds of containers of them.
 _MAX_COMMAND = 4096
+_MAX_CONTAINERS = 16
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ _KNOWN = (
     _Known(
         "nvidia-smi in a pod",
         command=re.compile(
-            r"\bnvidia-smi\b[^\n;&|]*\s(-lgc|-rgc|-lmc|-rmc|-pl|-ac|-rac|--lock-gpu-clocks|--reset-gpu-clocks|--power-limit"
+            r"\bnvidia-smi\b[^\n;&|]{0,200}\s(-lgc|-rgc|-lmc|-rmc|-pl|-ac|-rac|--lock-gpu-clocks|--reset-gpu-clocks|--power-limit"
             r"|--applications-clocks|--reset-applications-clocks)\b"
         ),
     ),
@@ -87,7 +89,7 @@ def writer_of(labels: Mapping[str, str], images: Iterable[str], commands: Iterab
     ``images`` are as in the manifest; ``commands`` are the command lines of its containers.
     """
     names = {re.split(r"[:@]", image.rpartition("/")[2])[0] for image in images}
-    texts = [command[:_MAX_COMMAND] for command in commands]
+    texts = [command[:_MAX_COMMAND] for command in islice(commands, _MAX_CONTAINERS)]
     for known in _KNOWN:
         labelled = known.label is not None and labels.get(known.label[0]) == known.label[1]
         started = known.command is not None and any(known.command.search(text) for text in texts)

@@ -9,7 +9,7 @@ from wattlock_operator.decide import Memory, decide
 from wattlock_operator.orders import give_orders
 from wattlock_operator.parse import parse_pod
 from wattlock_operator.release import locked_uuids
-from wattlock_operator.writers import CONTROLLERS, claims_of, controller_of, suspects_sentence
+from wattlock_operator.writers import CONTROLLERS, claims_of, controller_of, suspects_sentence, writer_of
 
 LIMIT = "dynamo.nvidia.com/gpu-power-limit"
 CLAIMED = pod("d0", DECODE, claims=(LIMIT,))
@@ -181,3 +181,13 @@ def test_a_damaged_journal_reaches_the_policies_with_orders_on_that_node():
     assert (ready.status, ready.reason) == ("True", "JournalDamaged")
     assert "GPU-0.json" in ready.message
     assert condition(status_of([pod("d0", DECODE), *PEERS], [gpu(0)]), "Ready").reason == "InForce"
+
+
+def test_of_a_pod_with_hundreds_of_containers_the_first_ones_are_looked_at():
+    commands = iter(["sleep 1"] * 340)
+    assert writer_of({}, [], commands) == ""
+    assert len(list(commands)) >= 300
+
+
+def test_an_option_far_from_its_program_is_not_its_option():
+    assert writer_of({}, [], ["nvidia-smi " + "x" * 300 + " -lgc 1"]) == ""
