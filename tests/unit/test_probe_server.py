@@ -80,3 +80,9 @@ def test_room_is_made_when_a_connection_ends(server):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert healthy(server)
+
+
+def test_it_answers_on_every_kind_of_address_that_the_machine_has(server):
+    for host in ("127.0.0.1", *(["[::1]"] if socket.has_dualstack_ipv6() else [])):
+        with urllib.request.urlopen(f"http://{host}:{server.server_port}/healthz", timeout=5) as response:
+            assert response.status == 200

@@ -1,5 +1,6 @@
 """The HTTP server under /metrics and the probes of operator and agent: bounded, and not to be had by one client."""
 
+import socket
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,10 +20,22 @@ class ProbeServer(ThreadingHTTPServer):
     request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        """Bind; port 0 takes any free one. Raises OSError when the port is taken."""
+        """Bind; port 0 takes any free one. An empty host is every address, IPv4 and IPv6: a cluster may have either alone.
+
+        Raises:
+            OSError: the port is taken.
+        """
+        if not address[0] and socket.has_dualstack_ipv6():
+            self.address_family = socket.AF_INET6
         self._connections: Counter[str] = Counter()
         self._lock = threading.Lock()
         super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        """Bind to IPv4 as well, whatever the node's default is."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
     def process_request(self, request: object, client_address: object) -> None:
         """Serve a connection in a thread, if there is room for it."""
@@ -49,4 +62,5 @@ class ProbeServer(ThreadingHTTPServer):
 
 
 def _host(client_address: object) -> str:
-    return str(client_address[0]) if isinstance(client_address, tuple) else ""
+    # A client by IPv4 is the same one whether or not the socket is one of IPv6.
+    return str(client_address[0]).removeprefix("::ffff:") if isinstance(client_address, tuple) else ""
