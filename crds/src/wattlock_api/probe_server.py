@@ -20,7 +20,7 @@ class ProbeServer(ThreadingHTTPServer):
     request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        """Bind; port 0 takes any free one. An empty host is every address, IPv4 and IPv6: a cluster may have either alone.
+        """Bind; port 0 takes any free one. An empty host is every address: a cluster may have IPv4 or IPv6 alone.
 
         Raises:
             OSError: the port is taken.
