@@ -1,13 +1,13 @@
 """Whether a policy that is being deleted may go: only when no GPU is under a lock of it."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from wattlock_api.base import parse_timestamp
 from wattlock_api.constants import FORCE_RELEASE_ANNOTATION, STUCK_RELEASE_SECONDS, GpuState, Reason
 from wattlock_api.nodeenergy import NodeEnergyStatus
 
-from wattlock_operator.world import NodeEnergyView, PolicyView, World
+from wattlock_operator.world import NodeEnergyView, PodView, PolicyView, World
 
 #: An agent that has not reported for so long is taken for unreachable. Agents report at least every minute.
 SILENT_SECONDS = 180.0
@@ -82,7 +82,15 @@ def locked_uuids(report: NodeEnergyStatus | None, policy_uid: str | None = None)
     )
 
 
-def _obstacle(node: NodeEnergyView, uid: str, has_agent: bool, was_ordered: bool) -> str | None:
+def _are_last_words(report: NodeEnergyStatus | None, agents: Sequence[PodView]) -> bool:
+    """Return whether the report is the last one of an agent that has released all, and no other is at work there.
+
+    Of a new agent on the node the words of an earlier one say nothing: it may have locked GPUs since.
+    """
+    return report is not None and report.phase == "Stopping" and all(agent.name == report.agent.pod for agent in agents)
+
+
+def _obstacle(node: NodeEnergyView, uid: str, agents: Sequence[PodView], was_ordered: bool) -> str | None:
     report = node.status
     if any(order.policy.uid == uid for order in node.orders):
         return "its orders are being withdrawn"
@@ -90,10 +98,10 @@ def _obstacle(node: NodeEnergyView, uid: str, has_agent: bool, was_ordered: bool
     if locked:
         return f"its agent reports {len(locked)} GPU(s) still locked"
     known = report is not None and any(gpu.policy_uid == uid for gpu in report.gpus)
-    if not (was_ordered or known) or (report is not None and report.phase == "Stopping"):
+    if not (was_ordered or known) or _are_last_words(report, agents):
         return None
     if report is None:
-        return "its agent has not reported yet" if has_agent else None
+        return "its agent has not reported yet" if agents else None
     if report.observed_generation < node.generation:
         return "its agent has not confirmed that the orders are gone"
     return None
@@ -114,7 +122,9 @@ def release_of(policy: PolicyView, world: World, ordered_nodes: Mapping[str, Set
     deleted before this operator started: any node whose agent lags behind may then still hold a lock of it.
     Nodes that no longer exist do not count: their GPUs are gone with them.
     """
-    agents = {pod.node: pod for pod in world.agent_pods()}
+    agents: dict[str, list[PodView]] = {}
+    for pod in world.agent_pods():
+        agents.setdefault(pod.node, []).append(pod)
     overdue = _is_overdue(policy, now_seconds)
     ordered = ordered_nodes.get(policy.uid)
     waiting: list[Waiting] = []
@@ -123,9 +133,10 @@ def release_of(policy: PolicyView, world: World, ordered_nodes: Mapping[str, Set
         node = world.nodes.get(name)
         if node is None:
             continue
-        agent = agents.get(name)
+        there = agents.get(name, [])
+        agent = there[-1] if there else None
         was_ordered = ordered is None or name in ordered
-        why = _obstacle(node_energy, policy.uid, agent is not None, was_ordered)
+        why = _obstacle(node_energy, policy.uid, there, was_ordered)
         if why is None:
             continue
         silent = is_silent(node_energy.status, now_seconds)

@@ -6,7 +6,7 @@ import pytest
 from operator_worlds import DECODE, NOW, PREFILL, agent_pod, gpu, node_energy, pod, policy, world
 from wattlock_api.base import timestamp
 from wattlock_api.constants import FORCE_RELEASE_ANNOTATION, STUCK_RELEASE_SECONDS, GpuState
-from wattlock_api.nodeenergy import NodeEnergyStatus
+from wattlock_api.nodeenergy import AgentStatus, NodeEnergyStatus
 from wattlock_operator.decide import Memory, decide
 from wattlock_operator.orders import give_orders
 from wattlock_operator.release import release_of, release_sentence
@@ -15,6 +15,13 @@ POLICY = policy(deleting=True)
 ORDERED = {"uid-qwen": frozenset({"n1"})}
 ORDERS = give_orders(world([policy()], [pod("d0", DECODE), pod("p0", PREFILL)])).by_node["n1"]
 BEHIND = NodeEnergyStatus(observed_generation=1, reported_at="2027-01-15T08:00:00Z")
+
+
+def last_words(agent: str) -> NodeEnergyStatus:
+    """The report of an agent that stopped before the orders changed."""
+    return BEHIND.model_copy(update={"phase": "Stopping", "agent": AgentStatus(pod=agent)})
+
+
 RELEASED = gpu(state=GpuState.RELEASED, reason="NoOrder")
 
 
@@ -27,7 +34,9 @@ RELEASED = gpu(state=GpuState.RELEASED, reason="NoOrder")
         (node_energy(gpus=[gpu()]), "still locked"),
         (node_energy(orders=ORDERS), "being withdrawn"),
         (node_energy(generation=2, status=BEHIND), "not confirmed"),
-        (node_energy(generation=2, status=BEHIND.model_copy(update={"phase": "Stopping"})), None),
+        (node_energy(generation=2, status=last_words("agent-n1")), None),
+        (node_energy(generation=2, status=last_words("agent-of-before")), "not confirmed"),
+        (node_energy(generation=2, status=last_words("")), "not confirmed"),
         (node_energy(status=None), "not reported yet"),
         (node_energy(gpus=[gpu()], age_seconds=600), "has not reported for 3 minutes"),
     ],
@@ -38,6 +47,22 @@ def test_a_node_blocks_until_it_has_confirmed(entry, why):
     if why is not None:
         assert why in release.waiting[0].why
         assert "n1" in release_sentence(POLICY, release)
+
+
+def test_the_last_words_of_an_earlier_agent_count_only_where_no_other_runs():
+    stopped = node_energy(generation=2, status=last_words("agent-of-before"))
+    earlier = dataclasses.replace(agent_pod("n1"), name="agent-of-before")
+    finished = dataclasses.replace(agent_pod("n1"), phase="Succeeded")
+    for agents, complete in (
+        ([], True),
+        ([finished], True),
+        ([earlier], True),  # on its way out
+        ([agent_pod("n2")], True),
+        ([agent_pod("n1")], False),
+        ([agent_pod("n1"), earlier], False),
+        ([earlier, agent_pod("n1")], False),
+    ):
+        assert release_of(POLICY, world([POLICY], agents, [stopped]), ORDERED, NOW).complete is complete, agents
 
 
 def test_a_node_that_no_longer_exists_does_not_block():
