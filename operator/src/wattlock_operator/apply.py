@@ -7,7 +7,7 @@ held up on its way while another operator wrote.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -253,20 +253,34 @@ class Applier:
     def _tell(self, telling: Telling, now_seconds: float) -> None:
         body = event_body(telling, self._identity, now_seconds)
         path = f"/api/v1/namespaces/{telling.policy.namespace}/events"
-        self._try("Event", "create", telling.reason, partial(self._kube.request, "POST", path, body=body))
+        try:
+            self._try("Event", "create", telling.reason, partial(self._kube.request, "POST", path, body=body))
+        except KubeError as error:
+            # An Event that is throttled (429: the admission plug-in EventRateLimit has bounds for a namespace, which
+            # its tenants can use up) says nothing about other writes. It is dropped, as one that is refused.
+            if error.status is None:
+                raise
 
-    def _write_status_and_tell(
-        self, policy: PolicyView, status: EnergyPolicyStatus, tellings: Sequence[Telling], now_seconds: float
-    ) -> bool:
-        """Write a status and the Events about it: where another operator has written it, that one tells them."""
-        if not self.write_status(policy, status):
-            return False
+    def tell(self, tellings: Iterable[Telling], failed: Set[str], now_seconds: float) -> None:
+        """Tell the Events, those of each policy in turn; one that is refused or throttled is dropped.
+
+        ``failed``: UIDs of the policies whose status could not be written. Where another operator has written it, that
+        one tells.
+        """
+        by_policy: dict[str, list[Telling]] = {}
         for telling in tellings:
-            self._tell(telling, now_seconds)
-        return True
+            if telling.policy.uid not in failed:
+                by_policy.setdefault(telling.policy.uid, []).append(telling)
 
-    def apply(self, decision: Decision, now_seconds: float) -> tuple[bool, frozenset[str]]:
-        """Carry a decision out.
+        def tell_all(of_policy: Sequence[Telling]) -> None:
+            for telling in of_policy:
+                self._tell(telling, now_seconds)
+
+        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="write") as pool:
+            list(pool.map(tell_all, by_policy.values()))
+
+    def apply(self, decision: Decision) -> tuple[bool, frozenset[str]]:
+        """Carry a decision out, but for the finalizers and the Events, which come after.
 
         Returns:
             Whether all went well, and the UIDs of the policies whose status could not be written.
@@ -276,14 +290,6 @@ class Applier:
             NotLeadingError: the rest is not written.
         """
         well = True
-        tellings: dict[str, list[Telling]] = {}
-        for telling in decision.tellings:
-            tellings.setdefault(telling.policy.uid, []).append(telling)
-
-        def show(entry: tuple[PolicyView, EnergyPolicyStatus]) -> bool:
-            policy, status = entry
-            return self._write_status_and_tell(policy, status, tellings.get(policy.uid, ()), now_seconds)
-
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="write") as pool:
             orders_written = list(
                 pool.map(
@@ -302,7 +308,7 @@ class Applier:
                 delete = partial(self._kube.delete, api.node_energy_path(node), decision.present[node].uid)
                 well &= self._try("NodeEnergy", "delete", node, delete)
             well &= self._daemon_sets(decision)
-            written = list(pool.map(show, decision.write_statuses))
+            written = list(pool.map(lambda entry: self.write_status(*entry), decision.write_statuses))
         failed = [policy.uid for (policy, _), fine in zip(decision.write_statuses, written, strict=True) if not fine]
         return well and not failed, frozenset(failed)
 

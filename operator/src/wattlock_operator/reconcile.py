@@ -284,7 +284,7 @@ class Reconciler:
     def _carry_out(self, decision: Decision, unix_seconds: float) -> bool:
         well, failed = False, frozenset(policy.uid for policy, _ in decision.write_statuses)
         try:
-            well, failed = self._applier.apply(decision, unix_seconds)
+            well, failed = self._applier.apply(decision)
         finally:
             # A status that was not written is written next time, however little it changed, and told of then.
             written = {uid: entry for uid, entry in decision.memory.written.items() if uid not in failed}
@@ -292,7 +292,10 @@ class Reconciler:
             self._memory = replace(decision.memory, written=written, told=told)
         # As they are now: their last status has just been written.
         policies = self.store.world((), self._settings.agent_namespace).policies
-        return self._applier.let_go(policy for policy in policies if policy.uid in decision.released) and well
+        well &= self._applier.let_go(policy for policy in policies if policy.uid in decision.released)
+        # Last, for they are the least: nobody's release waits for an Event.
+        self._applier.tell(decision.tellings, failed, unix_seconds)
+        return well
 
     async def stop(self) -> None:
         """Write nothing more, then give the lease up for the next operator."""

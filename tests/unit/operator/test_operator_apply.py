@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,11 +12,13 @@ import urllib3
 from operator_worlds import DECODE, NOW, PREFILL, agent_pod, node_energy, pod, policy, world
 from wattlock_api.constants import FINALIZER, PEER_POWER_ANNOTATION
 from wattlock_operator.apply import Applier, NotLeadingError, orders_patch
-from wattlock_operator.decide import Memory, decide
+from wattlock_operator.decide import Decision, Memory, decide
 from wattlock_operator.events import Told
 from wattlock_operator.kube import Kube, KubeError, OvertakenError
 from wattlock_operator.metrics import Metrics
 from wattlock_operator.orders import give_orders
+from wattlock_operator.reconcile import Reconciler
+from wattlock_operator.settings import from_environment
 from wattlock_operator.store import NODE_ENERGY, POLICY, Store
 
 NODES = [f"n{number}" for number in range(1, 6)]
@@ -63,10 +66,17 @@ def applier(kube: Kube, is_leading=lambda: True) -> Applier:
     return Applier(kube, "wattlock", "me", Metrics(), Store(lambda: None), is_leading)
 
 
+def carry_out(writer: Applier, decision: Decision) -> tuple[bool, frozenset[str]]:
+    """Write a decision and tell its Events, as a pass does."""
+    well, failed = writer.apply(decision)
+    writer.tell(decision.tellings, failed, NOW)
+    return well, failed
+
+
 def test_who_leads_no_more_writes_nothing():
     kube = FakeKube()
     with pytest.raises(NotLeadingError):
-        applier(kube, lambda: False).apply(decide(WORLD, None, Memory(), NOW), NOW)
+        applier(kube, lambda: False).apply(decide(WORLD, None, Memory(), NOW))
     assert kube.requests == []
 
 
@@ -77,7 +87,7 @@ def test_a_pass_stops_at_the_write_before_which_the_lead_was_lost(writes):
     assert len(decision.write_orders) + len(decision.write_statuses) + len(decision.tellings) > writes
     left = iter([True] * writes)
     with pytest.raises(NotLeadingError):
-        applier(kube, lambda: next(left, False)).apply(decision, NOW)
+        carry_out(applier(kube, lambda: next(left, False)), decision)
     assert len(kube.requests) == writes
 
 
@@ -85,11 +95,59 @@ def test_a_status_that_another_operator_has_written_is_not_told_of():
     kube = FakeKube(errors={"PATCH /apis/wattlock.dev/v1alpha1/namespaces/llm": KubeError("conflict", 409)})
     decision = decide(WORLD, None, Memory(), NOW)
     assert decision.tellings
-    assert applier(kube).apply(decision, NOW) == (False, frozenset({"uid-qwen"}))
+    assert carry_out(applier(kube), decision) == (False, frozenset({"uid-qwen"}))
     assert not [path for path in kube.paths("POST") if "/events" in path]
     fine = FakeKube()
-    assert applier(fine).apply(decision, NOW) == (True, frozenset())
+    assert carry_out(applier(fine), decision) == (True, frozenset())
     assert len([path for path in fine.paths("POST") if "/events" in path]) == len(decision.tellings)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KubeError("exceeded the rate limit of the namespace", 429),
+        KubeError("leave me alone", 429, retry_after_seconds=5),
+        KubeError("unavailable", 503),
+        KubeError("the namespace is being terminated", 403),
+    ],
+)
+def test_an_event_that_is_refused_or_throttled_is_dropped_and_counted(error):
+    kube = FakeKube(errors={"POST /api/v1/namespaces/": error})
+    decision = decide(WORLD, None, Memory(), NOW)
+    writer = applier(kube)
+    assert carry_out(writer, decision) == (True, frozenset())
+    assert len([path for path in kube.paths("POST") if "/events" in path]) == len(decision.tellings)
+    assert writer._metrics._errors == {"Event": len(decision.tellings)}
+
+
+def test_without_any_answer_no_more_events_are_tried():
+    kube = FakeKube(errors={"POST /api/v1/namespaces/": KubeError("no answer", None)})
+    decision = decide(WORLD, None, Memory(), NOW)
+    with pytest.raises(KubeError):
+        applier(kube).tell(decision.tellings * 3, frozenset(), NOW)
+    assert len([path for path in kube.paths("POST") if "/events" in path]) == 1
+
+
+@pytest.mark.parametrize("status", [429, 403, None])
+def test_policies_are_let_go_whatever_becomes_of_the_events(status):
+    kube = FakeKube(errors={"POST /api/v1/namespaces/": KubeError("not now", status)})
+    operator = Reconciler(from_environment({"WATTLOCK_NAMESPACE": "wattlock"}), kube, Metrics())
+    operator._leading_until_seconds = math.inf
+    leaving = policy("old", deleting=True)
+    metadata = {"name": "old", "namespace": leaving.namespace, "uid": leaving.uid, "resourceVersion": "5"}
+    asked = {"finalizers": [FINALIZER], "deletionTimestamp": "2027-01-15T08:00:00Z"}
+    operator.store.put(POLICY, {"metadata": metadata | asked})
+    somewhere = world([*WORLD.policies, leaving], WORLD.pods, nodes=list(WORLD.nodes))
+    decision = decide(somewhere, None, Memory(), NOW)
+    assert leaving.uid in decision.released
+    assert decision.tellings
+    if status is None:
+        with pytest.raises(KubeError):
+            operator._carry_out(decision, NOW)
+    else:
+        assert operator._carry_out(decision, NOW)
+    finalizers = [body["metadata"]["finalizers"] for _, path, body in kube.requests if path.endswith("/old")]
+    assert finalizers == [[]]
 
 
 def test_what_was_not_told_is_told_later():
@@ -105,7 +163,7 @@ def test_what_was_not_told_is_told_later():
 def test_statuses_are_written_over_what_was_decided_on():
     kube = FakeKube()
     seen = replace(WORLD, policies=(replace(WORLD.policies[0], version="17"),))
-    applier(kube).apply(decide(seen, None, Memory(), NOW), NOW)
+    applier(kube).apply(decide(seen, None, Memory(), NOW))
     (body,) = [body for method, path, body in kube.requests if path.endswith("/qwen/status")]
     assert body["metadata"]["resourceVersion"] == "17"
     assert body["metadata"]["uid"] == "uid-qwen"
@@ -161,7 +219,7 @@ def test_a_node_that_is_refused_keeps_no_other_from_its_orders():
     pods = [pod(f"d-{node}", DECODE, node=node) for node in nodes] + [pod("p0", PREFILL, nodes[0])]
     somewhere = world([policy()], pods + [agent_pod(node) for node in nodes], [node_energy("n000")], nodes)
     kube = SlowKube(errors={"nodeenergies/n000": KubeError("admission webhook denied the request", 400)})
-    well, failed = applier(kube).apply(decide(somewhere, None, Memory(), NOW), NOW)
+    well, failed = applier(kube).apply(decide(somewhere, None, Memory(), NOW))
     created = {body["metadata"]["name"] for method, path, body in kube.requests if path.endswith("/nodeenergies")}
     assert created == set(nodes[1:])
     assert (well, failed) == (False, frozenset()), "it is looked at again soon"
