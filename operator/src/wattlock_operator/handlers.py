@@ -42,7 +42,8 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.watching.reconnect_backoff = 1.0
     settings.networking.request_timeout = 30
     settings.networking.error_backoffs = _Backoffs()
-    settings.watching.chunk_size = 500
+    # Kopf reads a page whole, however long it is, and a tenant can make pods of 1.5 MiB.
+    settings.watching.chunk_size = 50
     settings.execution.max_workers = 2
     # A worker of Kopf holds a place for its object until that is idle so long, or for as long as its deletion waits.
     # With few places and 5 s, its default, a tenant with some hundred objects keeps everybody's events waiting.

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode
 
 import kubernetes
 import urllib3
-from wattlock_api.answers import read_bounded, retry_after_seconds
+from wattlock_api.answers import Body, UnreadableAnswerError, read_bounded, retry_after_seconds
 from wattlock_api.constants import API_VERSION, GROUP, OPERATOR_FIELD_MANAGER, VERSION
 
 Json = dict[str, Any]
@@ -20,12 +20,13 @@ CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
 #: From the head of an answer to its end.
 WHOLE_SECONDS = 60.0
-#: A page of 500 pods has a few megabytes.
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
-#: Objects of a page of a list.
-PAGE = 500
-#: Pages of a list that are read before it is given up as endless.
-MAX_PAGES = 2000
+#: Bounds what an answer takes in memory, several times as much once it is parsed. More than any single object has: etcd
+#: takes 1.5 MiB, which may be some times as much in JSON, where a byte can have an escape of six.
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+#: Objects of a page of a list. A hundred usual pods have a megabyte; a tenant can make pods of 1.5 MiB.
+PAGE = 100
+#: Pages of a list that are asked for before it is given up as endless.
+MAX_PAGES = 10_000
 
 _GROUP_PATH = f"/apis/{GROUP}/{VERSION}"
 POLICIES = f"{_GROUP_PATH}/energypolicies"
@@ -52,8 +53,24 @@ class KubeError(Exception):
         return self.status is None or self.status in (429, 503) or self.retry_after_seconds is not None
 
 
+class TooLongError(KubeError):
+    """The answer has more bytes than we read. A smaller page of the same list may have fewer."""
+
+
 class OvertakenError(KubeError):
     """A JSON patch was refused because a test in it failed: the object is not what it was."""
+
+
+class _Counted:
+    """The body of an answer, and how much of it was read."""
+
+    def __init__(self, body: Body) -> None:
+        self._body, self.size = body, 0
+
+    def read1(self, amt: int) -> bytes:
+        part = self._body.read1(amt)
+        self.size += len(part)
+        return part
 
 
 @dataclass(frozen=True)
@@ -73,6 +90,7 @@ class Kube:
         """Send a request and return the object of the answer.
 
         Raises:
+            TooLongError: the answer is too long.
             KubeError: no answer, or one that is no success.
         """
         full = path + ("?" + urlencode(query) if query else "")
@@ -85,7 +103,13 @@ class Kube:
             )
             answer = self.client.call_api(*arguments, _request_timeout=(CONNECT_SECONDS, READ_SECONDS))
             with answer.response:  # closed unless read to its end, which leaves the connection for the next request
-                content = read_bounded(answer.response, MAX_ANSWER_BYTES, WHOLE_SECONDS)
+                counted = _Counted(answer.response)
+                try:
+                    content = read_bounded(counted, MAX_ANSWER_BYTES, WHOLE_SECONDS)
+                except UnreadableAnswerError as error:
+                    if counted.size <= MAX_ANSWER_BYTES:  # it takes too long
+                        raise
+                    raise TooLongError(f"{method} {path}: {error}", None) from error
         except (urllib3.exceptions.HTTPError, OSError, kubernetes.client.ApiException) as error:
             raise KubeError(f"{method} {path}: no answer from the API server ({error})"[:500], None) from error
         try:
@@ -119,12 +143,24 @@ class Kube:
     def list_all(self, path: str, label_selector: str = "") -> Iterator[Json]:
         """Yield the objects of a collection, page by page.
 
+        A page that is too long is asked for again with half the objects, down to one: somebody who makes many large
+        objects must not keep us from reading the others. The limit may change on the way, for a continue token holds
+        the version of the list and where to go on, and nothing else (apiserver, pkg/storage/continue.go).
+
         Raises:
             KubeError: a page failed; what was yielded before is not the whole.
         """
-        query = {"limit": str(PAGE)} | ({"labelSelector": label_selector} if label_selector else {})
+        query = {"labelSelector": label_selector} if label_selector else {}
+        limit = PAGE
         for _ in range(MAX_PAGES):
-            page = self.request("GET", path, query)
+            try:
+                page = self.request("GET", path, query | {"limit": str(limit)})
+            except TooLongError:
+                if limit == 1:
+                    raise
+                limit //= 2
+                continue
+            limit = min(2 * limit, PAGE)  # what comes next may be small again
             metadata, items = page.get("metadata"), page.get("items", [] if "kind" in page else None)
             # An answer that is something else must not pass for an empty list: everything would seem to be gone.
             if not isinstance(metadata, dict) or not isinstance(items, list) or not all(map(_is_object, items)):
@@ -134,6 +170,7 @@ class Kube:
             if not proceed:
                 return
             query["continue"] = proceed
+            del page, items  # not in memory beside the next one
         raise KubeError(f"GET {path}: the list has no end after {MAX_PAGES} pages", None)
 
     def apply(self, path: str, manifest: Mapping[str, Any]) -> Json:

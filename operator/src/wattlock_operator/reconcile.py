@@ -5,7 +5,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from wattlock_api.constants import GROUP, LEASE_RENEW_SECONDS
 from wattlock_operator import kube as api
 from wattlock_operator.apply import Applier, NotLeadingError, ensure_published_profile, read_daemon_sets
 from wattlock_operator.decide import STATES_SECONDS, Decision, Memory, decide
-from wattlock_operator.kube import Kube, KubeError
+from wattlock_operator.kube import Kube, KubeError, TooLongError
 from wattlock_operator.lease import LEADING_SECONDS, Lease
 from wattlock_operator.metrics import Metrics
 from wattlock_operator.settings import Settings
@@ -44,6 +44,9 @@ LISTED_RESYNC_SECONDS = 5.0
 #: lists are read more often, for so long.
 CLOSE_LOOK_SECONDS = 600.0
 CLOSE_RESYNC_SECONDS = 10.0
+#: After whole lists that could not be read; twice as long after each further time. Passes are made meanwhile.
+RESYNC_RETRY_SECONDS = 5.0
+MAX_RESYNC_RETRY_SECONDS = 60.0
 #: Without a sign of life for so long the operator is to be restarted. Longer than a pass that meets time-outs.
 HUNG_SECONDS = 180.0
 
@@ -87,7 +90,10 @@ class Reconciler:
         self._in_pass = threading.Lock()
         self._failures = 0
         self._beat = time.monotonic()
+        self._known = False
+        """Whether the whole lists have been read once."""
         self._synced, self._resync_at = False, 0.0
+        self._resync_failures, self._resync_not_before = 0, 0.0
         self._kind_uids: list[str] = []
         self._profile_ensured = False
         self._close_look_until = 0.0
@@ -127,18 +133,32 @@ class Reconciler:
 
         A kind that somebody deleted has no objects any more. What is left is still to be looked after: policies wait to
         be let go, agents to be stopped.
+
+        Raises:
+            KubeError: a list could not be read. The others were, unless there is no point in asking.
         """
-        complete = True
+        complete, failure = True, None
         for kind, path in _ALL_LISTS:
             try:
-                self.store.replace(kind, self._kube.list_all(path))
+                self.store.replace(kind, self._signs_of_life(self._kube.list_all(path)))
             except KubeError as error:
                 if error.status != 404:
-                    raise
+                    if error.ends_pass and not isinstance(error, TooLongError):
+                        raise
+                    failure = failure or error
+                    continue
                 log.warning("there is no kind %s: install the chart's CustomResourceDefinitions again", kind.name)
                 self.store.replace(kind, ())
                 complete = False
+        if failure is not None:
+            raise failure
         return complete
+
+    def _signs_of_life(self, bodies: Iterable[api.Json]) -> Iterator[api.Json]:
+        """Show that we live as long as objects come: many large ones take their time."""
+        for body in bodies:
+            self._beat = time.monotonic()
+            yield body
 
     def _kinds_are_new(self) -> bool:
         """Return whether our kinds were deleted and installed again since the start.
@@ -183,9 +203,38 @@ class Reconciler:
         self._resync_at = time.monotonic() + RESYNC_SECONDS  # before, so that a change meanwhile is not lost
         try:
             self._synced = await asyncio.to_thread(self._resync)
+            if self._synced and await asyncio.to_thread(self._kinds_are_new):
+                raise _KindsAreNewError
         except KubeError:
             self._resync_at = 0.0
+            pause_seconds = RESYNC_RETRY_SECONDS * 2 ** min(self._resync_failures, 8)
+            self._resync_not_before = time.monotonic() + min(pause_seconds, MAX_RESYNC_RETRY_SECONDS)
+            self._resync_failures += 1
             raise
+        self._known, self._resync_failures, self._resync_not_before = True, 0, 0.0
+
+    async def _see_all(self, must: bool) -> None:
+        """Read the whole lists when it is time to.
+
+        Where they cannot be read, passes go on with what the watches tell, and it is tried again after a pause: what
+        ails a list may last, and whoever makes it so would stop every policy in the cluster.
+
+        Args:
+            must: there is no doing without, for what is known is nothing, or of before another operator led.
+
+        Raises:
+            KubeError: they must be read and cannot, or the API server wants to be left alone.
+        """
+        if not must and time.monotonic() < max(self._resync_at, self._resync_not_before):
+            return
+        try:
+            await self._read_all()
+        except KubeError as error:
+            if must or (error.ends_pass and error.status is not None):
+                raise
+            log.warning("the whole lists could not be read, the watches have to do for now: %s", error)
+            self._metrics.failed("lists")
+            self._beat = time.monotonic()  # the time-outs of a pass come on top of those of the lists
 
     async def run(self) -> None:
         """Run until cancelled, or until the process had better start anew."""
@@ -228,10 +277,7 @@ class Reconciler:
         """Make a pass if we lead; return after how many seconds to look again without a change."""
         term = self._lease.term
         takes_over = self.leading and term != self._term
-        if takes_over or time.monotonic() >= self._resync_at:
-            await self._read_all()
-            if self._synced and await asyncio.to_thread(self._kinds_are_new):
-                raise _KindsAreNewError
+        await self._see_all(must=takes_over or not self._known)
         if takes_over:
             # Another one led meanwhile and wrote the sums on: ours are old. Go on from what it wrote.
             self._memory, self._term = Memory(), term
