@@ -140,7 +140,11 @@ class Reconciler:
         complete, failure = True, None
         for kind, path in _ALL_LISTS:
             try:
-                self.store.replace(kind, self._signs_of_life(self._kube.list_all(path)))
+                if self.store.replace(kind, self._signs_of_life(self._kube.list_all(path))):
+                    log.warning(
+                        "versions of kind %s went back: the cluster's state was restored from a backup", kind.name
+                    )
+                    self.watches_began()
             except KubeError as error:
                 if error.status != 404:
                     if error.ends_pass and not isinstance(error, TooLongError):

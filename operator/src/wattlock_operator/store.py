@@ -41,6 +41,18 @@ class _Entry:
     view: Any
 
 
+@dataclass(frozen=True)
+class _Earlier:
+    """What was known of a kind before a whole list was asked for."""
+
+    entries: Mapping[tuple[str, str], _Entry]
+    dropped: Mapping[tuple[str, str], int]
+
+    def still_is(self, key: tuple[str, str], known: _Entry | None, dropped: int) -> bool:
+        """Return whether nothing was heard of an object since."""
+        return self.entries.get(key) is known and self.dropped.get(key, -1) == dropped
+
+
 def _identify(body: Mapping[str, Any]) -> tuple[str, str]:
     metadata = body.get("metadata") or {}
     return str(metadata.get("namespace") or ""), str(metadata.get("name") or "")
@@ -64,18 +76,27 @@ class Store:
 
     def put(self, kind: Kind, body: Mapping[str, Any]) -> None:
         """Take in an object as a watch or an answer showed it. Older news than what is known is ignored."""
+        self._put(kind, body, None)
+
+    def _put(self, kind: Kind, body: Mapping[str, Any], earlier: _Earlier | None) -> bool:
+        """Take in an object; return whether its version went back.
+
+        ``earlier``: for an object of a whole list, what was known before that was asked for.
+        """
         key, version = _identify(body), _version(body)
         view = kind.parse(body)
         with self._lock:
             entries = self._entries[kind.name]
-            known = entries.get(key)
-            if known is not None and known.version > version:
-                return
-            if known is None and self._dropped.get((kind.name, key), -1) >= version:
-                return
+            known, dropped = entries.get(key), self._dropped.get((kind.name, key), -1)
+            is_older = known.version > version if known is not None else dropped >= version
+            if is_older and (earlier is None or not earlier.still_is(key, known, dropped)):
+                return False
             entries[key] = _Entry(version, view)
+            if is_older:
+                self._dropped.pop((kind.name, key), None)
         if known is None or known.view != view:
             self._changed()
+        return is_older
 
     def drop(self, kind: Kind, body: Mapping[str, Any]) -> None:
         """Forget a deleted object, unless a later one has its name."""
@@ -113,20 +134,38 @@ class Store:
             del self._entries[kind.name][key]
         self._changed()
 
-    def replace(self, kind: Kind, bodies: Iterable[Mapping[str, Any]]) -> None:
-        """Take in a whole list: what is not in it is gone, unless it came while the list was read."""
-        with self._lock:
-            before = dict(self._entries[kind.name])
-        seen = set()
-        for body in bodies:
-            seen.add(_identify(body))
-            self.put(kind, body)
+    def replace(self, kind: Kind, bodies: Iterable[Mapping[str, Any]]) -> bool:
+        """Take in a whole list: it goes before all that was known when it was asked for, not before what came since.
+
+        A list that is asked for without a resourceVersion shows the newest state, never an older one than what any
+        watch or answer showed before (Kubernetes, API concepts: "Most Recent"). Its objects can have lower versions
+        than those known before only where the cluster's history itself went back: etcd was restored from a snapshot.
+        Then the list is the world; by their versions its objects would be ignored until they have caught up, maybe for
+        ever. What a watch shows while the list is read may well be newer than the list: there the version decides.
+
+        ``bodies`` asks for the list when its first object is asked for, not sooner.
+
+        Returns:
+            Whether history went back. What a watch showed of the new one while the list was read was then taken for
+            old: the list is to be read once more.
+        """
         with self._lock:
             entries = self._entries[kind.name]
-            for key, entry in before.items():
+            dropped = {key: version for (name, key), version in self._dropped.items() if name == kind.name}
+            earlier = _Earlier(dict(entries), dropped)
+        seen, went_back = set(), False
+        for body in bodies:
+            seen.add(_identify(body))
+            went_back |= self._put(kind, body, earlier)
+        with self._lock:
+            for key, entry in earlier.entries.items():
                 if key not in seen and entries.get(key) is entry:
                     del entries[key]
+            if went_back:  # deletions of a history that is no more, by which objects of the new one would be ignored
+                for key in earlier.dropped:
+                    self._dropped.pop((kind.name, key), None)
         self._changed()
+        return went_back
 
     def world(
         self,

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -211,3 +212,20 @@ def test_a_long_list_is_a_sign_of_life(clock, monkeypatch):
     operator = Operator(Faulty())
     operator.turn()
     assert operator.alive
+
+
+def test_a_restore_from_a_backup_is_looked_at_once_more(clock):
+    def pods(version: int) -> Callable[[str], Any]:
+        body = {"metadata": {"name": "p", "namespace": "a", "resourceVersion": str(version)}}
+        return lambda path: iter([body] if path == PODS else [])
+
+    operator = Operator(kube := Faulty())
+    kube.list_all = pods(1000)
+    operator.turn()
+    assert operator._resync_at > clock.seconds + 100
+    kube.list_all, operator._resync_at = pods(400), 0.0
+    operator.turn()
+    assert clock.seconds < operator._resync_at < clock.seconds + 10
+    clock.seconds = operator._resync_at
+    operator.turn()
+    assert operator._resync_at > clock.seconds + 100

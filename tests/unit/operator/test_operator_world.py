@@ -152,6 +152,55 @@ def test_a_whole_list_removes_what_a_watch_missed_but_not_what_came_meanwhile():
     assert set(store.world((), "").nodes) == {"listed", "new"}
 
 
+def test_a_list_that_is_older_than_what_came_while_it_was_read_does_not_win():
+    store = Store(Changes())
+    store.put(NODE, node("changed", 3))
+    store.put(NODE, node("deleted", 4))
+
+    def page():
+        store.put(NODE, node("changed", 7, {"new": "1"}))
+        store.drop(NODE, node("deleted", 8))
+        yield node("changed", 3, {"old": "1"})
+        yield node("deleted", 4)
+
+    assert not store.replace(NODE, page())
+    assert {name: view.labels for name, view in store.world((), "").nodes.items()} == {"changed": {"new": "1"}}
+
+
+def test_after_a_restore_from_a_backup_the_whole_list_is_the_world():
+    """Versions go back then. By them alone, nothing would be believed until they have caught up."""
+    store = Store(Changes())
+    for body in (node("changed", 1000, {"lost": "1"}), node("young", 990), node("old", 10)):
+        store.put(NODE, body)
+    store.put(NODE, node("deleted", 300))
+    store.drop(NODE, node("deleted", 995))
+    store.drop(NODE, node("later", 996))
+    # Even where the list's own version has passed all that was known: what counts is that of each object.
+    assert store.replace(NODE, [node("changed", 400, {"restored": "1"}), node("deleted", 300), node("old", 10)])
+    shown = {name: view.labels for name, view in store.world((), "").nodes.items()}
+    assert shown == {"changed": {"restored": "1"}, "deleted": {}, "old": {}}
+
+    store.put(NODE, node("changed", 410, {"watched": "1"}))
+    store.put(NODE, node("later", 411))
+    store.drop(NODE, node("deleted", 412))
+    shown = {name: view.labels for name, view in store.world((), "").nodes.items()}
+    assert shown == {"changed": {"watched": "1"}, "later": {}, "old": {}}
+    assert not store.replace(NODE, [node("changed", 410, {"watched": "1"}), node("later", 411), node("old", 10)])
+
+
+def test_what_a_watch_showed_of_a_restored_cluster_too_early_comes_with_the_next_list():
+    store = Store(Changes())
+    store.put(NODE, node("a", 1000, {"lost": "1"}))
+
+    def page():
+        store.put(NODE, node("a", 410, {"watched": "1"}))  # taken for old
+        yield node("a", 400, {"restored": "1"})
+
+    assert store.replace(NODE, page()), "it says that it is to be read once more"
+    assert not store.replace(NODE, [node("a", 410, {"watched": "1"})])
+    assert store.world((), "").nodes["a"].labels == {"watched": "1"}
+
+
 def test_an_unreadable_profile_is_none():
     store = Store(Changes())
     store.put(PROFILE, {"metadata": {"name": "p"}, "spec": {"rows": "x"}})
