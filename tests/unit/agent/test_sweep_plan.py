@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from wattlock_agent.sweep.plan import (
     STOCK,
@@ -47,9 +47,19 @@ def test_what_the_gpu_cannot_do_is_refused_with_what_to_write():
 
 
 def test_power_limits_are_below_the_one_that_was_found_which_is_stock():
-    assert power_points(200, 700, None) == (617, 533, 450, 367, 283, 200)
+    assert power_points(200, 700, None) == (617, 534, 450, 367, 284, 200)
     assert power_points(200, 700, [700, 500]) == (500,)
     assert power_points(200, 700, []) == ()
+
+
+@given(st.integers(50_000, 400_000), st.integers(0, 600_000))
+@example(52_500, 22_500)
+@example(299_600, 0)
+def test_power_limits_of_any_board_are_in_its_range(low_mw, span_mw):
+    low_watts, high_watts = low_mw / 1000, (low_mw + span_mw) / 1000
+    points = power_points(low_watts, high_watts, None)
+    assert all(low_watts <= point < high_watts for point in points)
+    assert len(points) == 6 or span_mw < 12_000
 
 
 @given(st.lists(st.sampled_from(POINTS), unique=True), st.integers(1, 6), st.integers(1, 5), st.text(max_size=5))

@@ -1,6 +1,7 @@
 """What a sweep measures, and in which order. Pure."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -124,8 +125,10 @@ def power_points(low_watts: float, high_watts: float, wanted_watts: Sequence[int
         PlanError: outside the range.
     """
     if wanted_watts is None:
-        step = (high_watts - low_watts) / _POWER_LIMITS
-        return tuple(sorted({round(low_watts + step * each) for each in range(_POWER_LIMITS)}, reverse=True))
+        span = high_watts - low_watts
+        # Upwards to whole watts, as the lowest limit may be 52.5 W; in a narrow range that may reach the highest one.
+        points = {math.ceil(low_watts + span * each / _POWER_LIMITS) for each in range(_POWER_LIMITS)}
+        return tuple(sorted((each for each in points if low_watts <= each < high_watts), reverse=True))
     for wanted in wanted_watts:
         if not low_watts <= wanted <= high_watts:
             raise PlanError(
