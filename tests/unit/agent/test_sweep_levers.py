@@ -54,13 +54,14 @@ class World:
     effects: int = 0
     faults: dict[str, int] = field(default_factory=dict)
     """How many times a call still fails, by name."""
+    fault: GpuFault = GpuFault.TRANSIENT
     opened: int = 0
 
     def effect(self, name):
         if self.faults.get(name, 0):
             self.faults[name] -= 1
             kind = JournalError if name in ("add", "remove", "keep") else None
-            raise kind(name) if kind else GpuError(GpuFault.TRANSIENT, name, None, f"{name} failed")
+            raise kind(name) if kind else GpuError(self.fault, name, None, f"{name} failed")
         if self.effects == self.kill_at:
             raise KilledError
         self.effects += 1
@@ -155,6 +156,34 @@ def test_each_point_is_set_alone():
         assert locks == ({(345, setting.value)} if setting.lever is Lever.CLOCK else set())
         assert limits == {setting.value * 1000 if setting.lever is Lever.POWER else 650_000}
     levers.restore()
+    levers.restore()
+    assert_untouched(world)
+
+
+def test_stock_is_without_the_locks_of_others_from_the_first_point_on():
+    foreign = {"GPU-0": (345, 1200), "GPU-9": (345, 1200)}
+    world = World(locks=dict(foreign))
+    levers = levers_of(world)
+    levers.apply(STOCK)
+    assert world.locks == {"GPU-9": (345, 1200)}  # of a GPU that is not swept
+    assert world.records == {}
+    effects = world.effects
+    levers.apply(STOCK)
+    assert world.effects == effects
+    for kill_at in range(effects):
+        world = World(locks=dict(foreign), kill_at=kill_at)
+        with pytest.raises(KilledError):
+            levers_of(world).apply(STOCK)
+        world.kill_at = None
+        assert reset(world) == []
+        assert world.records == {}
+
+
+def test_a_gpu_that_cannot_be_locked_can_be_swept_over_power_limits():
+    world = World(faults={"reset": 2}, fault=GpuFault.NOT_SUPPORTED)
+    levers = levers_of(world)
+    levers.apply(Setting(Lever.POWER, 300))
+    assert world.faults == {"reset": 0}
     levers.restore()
     assert_untouched(world)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from wattlock_agent.gpu.base import GpuDriver, GpuError, GpuIdentity
+from wattlock_agent.gpu.base import GpuDriver, GpuError, GpuFault, GpuIdentity
 from wattlock_agent.journal import Journal, JournalError, LockRecord
 from wattlock_agent.sweep.plan import Lever, Setting
 
@@ -68,13 +68,20 @@ class Levers:
         self._written_at = written_at
         self._before: dict[str, int] = {}
         """Power limits in mW to go back to, by UUID; empty until one is changed."""
+        self._begun = False
 
     def apply(self, setting: Setting) -> None:
         """Set a point on all GPUs; what the point before had changed is undone first.
 
+        Before the first one, locks of others are undone: else they would be part of stock until the first clock point
+        is, and of no stock point after it.
+
         Raises:
             GpuError, JournalError: call ``restore``.
         """
+        if not self._begun:
+            self._release_locks_of_others()
+            self._begun = True
         if setting.lever is not Lever.CLOCK:
             self._unlock()
         if setting.lever is not Lever.POWER:
@@ -99,8 +106,22 @@ class Levers:
             )
         self._before = {}
 
-    def _lock(self, gpu: GpuIdentity, cap_mhz: int) -> None:
+    def _release_locks_of_others(self) -> None:
+        """Undo whatever lock there is, as the driver does not tell; recorded first, like all that is undone."""
+        for gpu in self._gpus:
+            self._record(gpu, gpu.supported_clocks_mhz[-1])
+            try:
+                self._driver.reset(gpu.uuid)
+            except GpuError as error:
+                if error.fault is not GpuFault.NOT_SUPPORTED:  # then nobody can have locked it
+                    raise
+            self._journal.remove(gpu.uuid)
+
+    def _record(self, gpu: GpuIdentity, cap_mhz: int) -> None:
         self._journal.add(LockRecord(gpu.uuid, cap_mhz, "", SWEEP, self._boot_id, self._written_at))
+
+    def _lock(self, gpu: GpuIdentity, cap_mhz: int) -> None:
+        self._record(gpu, cap_mhz)
         self._driver.lock(gpu.uuid, gpu.supported_clocks_mhz[0], cap_mhz)
 
     def _unlock(self) -> None:
