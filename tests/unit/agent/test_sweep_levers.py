@@ -12,6 +12,7 @@ from wattlock_agent.journal_file import POWER_LIMITS_NAME, FileJournal, JournalH
 from wattlock_agent.sweep import run
 from wattlock_agent.sweep.levers import (
     Levers,
+    PowerLimitChangedError,
     PowerLimits,
     RestoreError,
     decode_limits,
@@ -55,6 +56,7 @@ class World:
     faults: dict[str, int] = field(default_factory=dict)
     """How many times a call still fails, by name."""
     fault: GpuFault = GpuFault.TRANSIENT
+    rounds_to_mw: int = 1
     opened: int = 0
 
     def effect(self, name):
@@ -120,11 +122,12 @@ class Driver:
     def set_power_limit(self, uuid, limit_mw):
         assert uuid in decode_limits(self._world.kept)[1], "a power limit that is not recorded"
         self._world.effect("limit")
-        self._world.limits_mw[uuid] = limit_mw
+        self._world.limits_mw[uuid] = limit_mw - limit_mw % self._world.rounds_to_mw
 
 
 def levers_of(world):
-    return Levers(Driver(world), Journal(world), GPUS, BOOT, "2026-01-01T00:00:00Z")
+    limits = PowerLimits(650_000, 200_000, 700_000)
+    return Levers(Driver(world), Journal(world), GPUS, BOOT, "2026-01-01T00:00:00Z", limits)
 
 
 def whole_sweep(world):
@@ -186,6 +189,49 @@ def test_a_gpu_that_cannot_be_locked_can_be_swept_over_power_limits():
     assert world.faults == {"reset": 0}
     levers.restore()
     assert_untouched(world)
+
+
+@pytest.mark.parametrize("before", [(STOCK,), (Setting(Lever.POWER, 400),), (Setting(Lever.POWER, 400), STOCK)])
+@pytest.mark.parametrize("to_mw", [300_000, 700_000])
+def test_a_power_limit_that_somebody_else_changed_ends_the_sweep_before_one_is_written(before, to_mw):
+    world = World()
+    levers = levers_of(world)
+    for setting in before:
+        levers.apply(setting)
+    was = world.limits_mw["GPU-1"] // 1000
+    world.limits_mw["GPU-1"] = to_mw
+    limits = dict(world.limits_mw)
+    sentence = f"limit of GPU-1 was changed by somebody else from {was} to {to_mw // 1000} W"
+    with pytest.raises(PowerLimitChangedError, match=sentence):
+        levers.apply(Setting(Lever.POWER, 500))
+    assert world.limits_mw == limits
+    if before != (STOCK,):
+        with pytest.raises(PowerLimitChangedError, match=sentence):
+            levers.apply(STOCK)
+        levers.restore()
+        assert_untouched(world)
+    else:
+        levers.restore()
+        assert world.limits_mw == limits  # nothing of it was ours
+        assert (world.records, world.kept) == ({}, None)
+
+
+def test_who_sweeps_clocks_alone_does_not_look_at_power_limits():
+    world = World()
+    levers = levers_of(world)
+    levers.apply(STOCK)
+    world.limits_mw["GPU-0"] = 500_000
+    levers.apply(Setting(Lever.CLOCK, 990))
+    levers.restore()
+    assert world.limits_mw["GPU-0"] == 500_000
+
+
+def test_a_limit_that_the_board_rounded_was_changed_by_nobody():
+    world = World(rounds_to_mw=3000)
+    levers = levers_of(world)
+    for setting in (STOCK, Setting(Lever.POWER, 500), Setting(Lever.POWER, 400), STOCK, Setting(Lever.POWER, 300)):
+        levers.apply(setting)
+    assert world.limits_mw["GPU-0"] == 300_000
 
 
 def test_killed_before_any_effect_reset_restores_everything():

@@ -109,6 +109,63 @@ def test_so_many_requests_are_on_the_way_and_no_more(endpoint):
     assert tokens.prompt / 51 == pytest.approx(tokens.generated / 4, abs=3)
 
 
+class Silent(Endpoint):
+    """Answers no request before it is allowed to, and notes what it cannot answer any more."""
+
+    def __init__(self):
+        super().__init__()
+        self.allowed = {4: threading.Event(), 1: threading.Event()}
+        self.asked, self.given_up = [], []
+
+    def answer(self, body):
+        self.asked.append(body["max_tokens"])
+        self.allowed[body["max_tokens"]].wait(20)
+        return super().answer(body)
+
+
+@pytest.fixture
+def silent() -> Iterator[Silent]:
+    server = Silent()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield server
+    for event in server.allowed.values():
+        event.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_requests_of_a_silent_endpoint_end_with_the_load(silent):
+    load = ClientLoad(parse_endpoint(silent.url), "tiny", seed=1)
+    load.start(DECODE)
+    until(lambda: len(silent.asked) == 3)
+    threads, begun = list(load._threads), time.monotonic()
+    load.stop()
+    assert time.monotonic() - begun < load_module._JOIN_SECONDS / 2
+    assert not any(thread.is_alive() for thread in threads)
+    assert load.steady()  # an end that was asked for is no problem
+    assert len(silent.asked) == 3
+
+
+def test_tokens_of_the_load_before_are_none_of_the_next(silent, monkeypatch):
+    """Its requests may outlive it, e.g. where an address does not answer and connecting takes minutes."""
+    monkeypatch.setattr(load_module, "_JOIN_SECONDS", 0.1)
+    monkeypatch.setattr(load_module, "_shut", lambda _: None, raising=False)
+    load = ClientLoad(parse_endpoint(silent.url), "tiny", seed=1)
+    load.start(PREFILL)
+    until(lambda: len(silent.asked) == 2)
+    left = list(load._threads)
+    load.stop()
+    load.start(Workload(Shape.DECODE, 2, 50, 4))
+    until(lambda: len(silent.asked) == 4)
+    silent.allowed[1].set()
+    until(lambda: not any(thread.is_alive() for thread in left))
+    assert not load.ready()
+    assert (load.read().generated, load.read().prompt) == (0.0, 0.0)
+    silent.allowed[4].set()
+    until(load.ready)
+    load.stop()
+
+
 def test_decode_prompts_are_repeated_and_prefill_prompts_never(endpoint):
     load = ClientLoad(parse_endpoint(endpoint.url), "tiny", seed=1)
     load.start(DECODE)

@@ -25,7 +25,7 @@ from wattlock_agent.sweep.endpoint import (
 )
 from wattlock_agent.sweep.estimates import Row, Window, summarise
 from wattlock_agent.sweep.findings import choose
-from wattlock_agent.sweep.levers import Levers, PowerLimits, RestoreError, SweepDriver
+from wattlock_agent.sweep.levers import Levers, PowerLimitChangedError, PowerLimits, RestoreError, SweepDriver
 from wattlock_agent.sweep.load import ClientLoad, Load, LoadError, prompt_seed
 from wattlock_agent.sweep.meter import Meter, MeterError
 from wattlock_agent.sweep.nvml_power import NvmlSweepDriver
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(f"stopped by {error}; everything is as it was before", EXIT_FAILED)
     except RestoreError as error:
         return _fail(f"NOT EVERYTHING IS AS IT WAS: {error}", EXIT_FAILED)
-    except (GpuError, JournalError, EndpointError, LoadError, MeterError, OSError) as error:
+    except (GpuError, JournalError, PowerLimitChangedError, EndpointError, LoadError, MeterError, OSError) as error:
         return _fail(error, EXIT_FAILED)
 
 
@@ -106,7 +106,7 @@ def _sweep(options: argparse.Namespace, driver: SweepDriver, stop: Stop) -> int:
         try:
             _refuse_leftovers(journal)
             load, tokens, run = _prepare(options, plan, gpus, limits, info, directory)
-            levers = Levers(driver, journal, gpus, boot_id, run.date)
+            levers = Levers(driver, journal, gpus, boot_id, run.date, limits)
             meter = Meter(driver, [gpu.uuid for gpu in gpus], tokens, stop.pause)
             stop.install()
             try:

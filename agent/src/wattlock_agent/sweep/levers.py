@@ -54,13 +54,32 @@ class RestoreError(Exception):
     """Something is not as it was before the sweep. The message names each GPU and the way out."""
 
 
+class PowerLimitChangedError(Exception):
+    """Somebody else sets power limits of these GPUs while they are swept. The message names the GPU."""
+
+
 class Levers:
     """Sets points and undoes them. ``restore`` must be called however the sweep ends; it may be called twice."""
 
     def __init__(
-        self, driver: SweepDriver, journal: SweepJournal, gpus: Sequence[GpuIdentity], boot_id: str, written_at: str
+        self,
+        driver: SweepDriver,
+        journal: SweepJournal,
+        gpus: Sequence[GpuIdentity],
+        boot_id: str,
+        written_at: str,
+        limits: PowerLimits | None,
     ) -> None:
-        """``written_at`` is the RFC 3339 time that goes into the records, for people."""
+        """Prepare; nothing is changed yet.
+
+        Args:
+            driver: open, its GPUs are listed.
+            journal: held by this process.
+            gpus: what is swept.
+            boot_id: of this boot of the machine.
+            written_at: the RFC 3339 time that goes into the records, for people.
+            limits: of each GPU when the points were planned; ``None`` where there are no points of power limits.
+        """
         self._driver = driver
         self._journal = journal
         self._gpus = tuple(gpus)
@@ -68,6 +87,8 @@ class Levers:
         self._written_at = written_at
         self._before: dict[str, int] = {}
         """Power limits in mW to go back to, by UUID; empty until one is changed."""
+        self._left = dict.fromkeys((gpu.uuid for gpu in gpus), limits.set_mw) if limits else {}
+        """Power limits in mW as we found or left them, by UUID."""
         self._begun = False
 
     def apply(self, setting: Setting) -> None:
@@ -77,7 +98,7 @@ class Levers:
         is, and of no stock point after it.
 
         Raises:
-            GpuError, JournalError: call ``restore``.
+            GpuError, JournalError, PowerLimitChangedError: call ``restore``.
         """
         if not self._begun:
             self._release_locks_of_others()
@@ -86,11 +107,11 @@ class Levers:
             self._unlock()
         if setting.lever is not Lever.POWER:
             self._set_limits_back()
-        for gpu in self._gpus:
-            if setting.lever is Lever.CLOCK:
+        if setting.lever is Lever.CLOCK:
+            for gpu in self._gpus:
                 self._lock(gpu, setting.value)
-            elif setting.lever is Lever.POWER:
-                self._limit(gpu.uuid, setting.value * 1000)
+        elif setting.lever is Lever.POWER:
+            self._limit(setting.value * 1000)
 
     def restore(self) -> None:
         """Undo everything, trying every GPU, and remove the records of what is undone.
@@ -104,6 +125,7 @@ class Levers:
             raise RestoreError(
                 f"{'; '.join(problems)}; run 'wattlock-agent reset' on this machine: it undoes what is still recorded"
             )
+        self._left |= self._before
         self._before = {}
 
     def _release_locks_of_others(self) -> None:
@@ -131,17 +153,40 @@ class Levers:
                 self._driver.reset(gpu.uuid)
                 self._journal.remove(gpu.uuid)
 
-    def _limit(self, uuid: str, limit_mw: int) -> None:
+    def _limit(self, limit_mw: int) -> None:
+        self._refuse_limits_of_others()  # so that each point, planned below the limit at the start, is below this one
         if not self._before:
-            before = {gpu.uuid: self._driver.power_limits(gpu.uuid).set_mw for gpu in self._gpus}
+            before = {gpu.uuid: self._left[gpu.uuid] for gpu in self._gpus}  # no limit known, none changed
             self._journal.keep_power_limits(encode_limits(before, self._boot_id))
             self._before = before
-        self._driver.set_power_limit(uuid, limit_mw)
+        for gpu in self._gpus:
+            self._write_limit(gpu.uuid, limit_mw)
 
     def _set_limits_back(self) -> None:
+        if self._before:
+            self._refuse_limits_of_others()
         for uuid, limit_mw in self._before.items():
-            if self._driver.power_limits(uuid).set_mw != limit_mw:
-                self._driver.set_power_limit(uuid, limit_mw)
+            if self._left[uuid] != limit_mw:
+                self._write_limit(uuid, limit_mw)
+
+    def _write_limit(self, uuid: str, limit_mw: int) -> None:
+        self._driver.set_power_limit(uuid, limit_mw)
+        self._left[uuid] = self._driver.power_limits(uuid).set_mw  # as the board took it: it may round
+
+    def _refuse_limits_of_others(self) -> None:
+        """Raise PowerLimitChangedError where a limit is not the one that we left.
+
+        A site's power manager may have lowered it: a point may then be above it, and what was measured under it is
+        nothing to compare with.
+        """
+        for uuid, left_mw in self._left.items():
+            found_mw = self._driver.power_limits(uuid).set_mw
+            if found_mw != left_mw:
+                raise PowerLimitChangedError(
+                    f"the power limit of {uuid} was changed by somebody else from {left_mw / 1000:g} to "
+                    f"{found_mw / 1000:g} W: what was measured since cannot be compared; let nobody else set it while "
+                    "a sweep runs, or sweep clocks alone (--power-limits none)"
+                )
 
 
 def undo_locks(driver: GpuDriver, journal: Journal, boot_id: str, say: Callable[[str], None]) -> list[str]:

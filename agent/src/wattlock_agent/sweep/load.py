@@ -3,8 +3,10 @@
 import http.client
 import json
 import random
+import socket
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Protocol
 
 from wattlock_api import boottime
@@ -65,6 +67,7 @@ class ClientLoad:
         self._generated = 0
         self._prompt = 0
         self._begun: set[int] = set()
+        self._sockets: set[socket.socket] = set()
         self._problem = ""
 
     def start(self, workload: Workload) -> None:
@@ -96,8 +99,14 @@ class ClientLoad:
         return True
 
     def stop(self) -> None:
-        """As Load. A thread that waits for a silent endpoint is left to its time-out."""
-        self._stop.set()
+        """As Load. Connections are shut, upon which engines give up what they compute for them.
+
+        A thread that still opens one is left to its time-out, after these seconds.
+        """
+        with self._lock:  # whoever has it next sees that it is over
+            self._stop.set()
+            for each in self._sockets:
+                _shut(each)
         deadline = time.monotonic() + _JOIN_SECONDS
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
@@ -121,9 +130,10 @@ class ClientLoad:
                 failures = 0
             except (EndpointError, OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 failures += 1
-                if failures >= _FAILURES and not stop.is_set():
+                if failures >= _FAILURES:
                     with self._lock:
-                        self._problem = self._problem or f"{self._endpoint.url}/v1/completions: {error}"
+                        if not stop.is_set():
+                            self._problem = self._problem or f"{self._endpoint.url}/v1/completions: {error}"
                     return
                 stop.wait(_RETRY_SECONDS)
             if workload.shape is Shape.PREFILL:
@@ -131,7 +141,13 @@ class ClientLoad:
 
     def _request(self, slot: int, workload: Workload, prompt: list[int], stop: threading.Event) -> None:
         connection = self._endpoint.connect(SILENCE_SECONDS)
+        connection.connect()
+        opened = connection.sock  # the connection forgets it where the answer says that it is the last one
         try:
+            with self._lock:
+                if stop.is_set():
+                    return
+                self._sockets.add(opened)
             connection.request(
                 "POST", f"{self._endpoint.prefix}/v1/completions", _body(self._model, workload, prompt), headers()
             )
@@ -144,6 +160,8 @@ class ClientLoad:
                 )
             self._stream(slot, len(prompt), response, stop)
         finally:
+            with self._lock:
+                self._sockets.discard(opened)
             connection.close()
 
     def _stream(self, slot: int, prompt_tokens: int, response: http.client.HTTPResponse, stop: threading.Event) -> None:
@@ -156,17 +174,37 @@ class ClientLoad:
                     f"a request took more than {REQUEST_SECONDS:g} s, or sent no lines; is it overloaded?"
                 )
             *lines, pending = (pending + part).split(b"\n")
-            for line in lines:
-                tokens = tokens_in(line, seen)
-                if tokens > seen:
-                    with self._lock:
-                        self._generated += tokens - seen
-                        if seen == 0:
-                            self._begun.add(slot)
-                            self._prompt += prompt_tokens
-                    seen = tokens
+            before = seen
+            try:
+                for line in lines:
+                    seen = tokens_in(line, seen)
+            finally:  # an error among the lines does not undo the tokens before it
+                self._count(slot, prompt_tokens, before, seen, stop)
         if seen == 0 and not stop.is_set():
             raise EndpointError("an answer without tokens; does the endpoint stream (server-sent events)?")
+
+    def _count(self, slot: int, prompt_tokens: int, before: int, seen: int, stop: threading.Event) -> None:
+        """Count the tokens of a part of an answer.
+
+        What comes after the load of this request was stopped belongs to none: the next one may have begun, and would be
+        ready before a request of its own has had a token.
+        """
+        with self._lock:
+            if seen == before or stop.is_set():
+                return
+            self._generated += seen - before
+            if before == 0:
+                self._begun.add(slot)
+                self._prompt += prompt_tokens
+
+
+def _shut(opened: socket.socket) -> None:
+    """End a connection that another thread reads from: it reads the end, or fails.
+
+    Not with a method of TLS's, which would have that thread read on without it.
+    """
+    with suppress(OSError):  # it is closed already
+        socket.socket.shutdown(opened, socket.SHUT_RDWR)
 
 
 def tokens_in(line: bytes, seen: int) -> int:
