@@ -107,6 +107,8 @@ class Bench:
         self.generated = 0.0
         self.failing: Exception | None = None
         self.late = 0
+        self.late_after: int | None = None
+        """After so many more pages one is late."""
         self.log = directory / "vllm.log"
 
     def load(self, line: str) -> VllmLoad:
@@ -118,6 +120,10 @@ class Bench:
         return VllmLoad(parse_endpoint("http://127.0.0.1:1"), "m", None, metrics, 1, self.log)
 
     def _page(self, _):
+        if self.late_after is not None:
+            self.late_after -= 1
+            if self.late_after < 0:
+                self.late_after, self.late = None, 1
         if self.late > 0:
             self.late -= 1
             return ScrapeFailure(1.0, "MetricsUnreachable", "no complete answer within 10 s")
@@ -216,6 +222,19 @@ def test_pages_that_come_too_late_are_no_end_unless_it_goes_on(bench):
         until(lambda: load.steady() and False, 5)
     load.stop()
     assert bench.late == 99 - vllm_load._MAX_LATE_PAGES
+
+
+def test_a_page_that_comes_too_late_when_it_is_started_anew_is_no_end(bench):
+    load = bench.load("exec sleep 1000")
+    load.start(DECODE)
+    load.steady()
+    until(bench.calls)
+    bench.generated, bench.late_after = 1945.0 * 16, 1
+    assert not load.steady()
+    until(lambda: len(bench.calls()) == 2)
+    assert not load.steady()  # that page
+    assert load.steady()
+    load.stop()
 
 
 def test_an_engine_that_began_anew_is_told_as_such(bench):

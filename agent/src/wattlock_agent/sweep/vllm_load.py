@@ -15,7 +15,7 @@ from pathlib import Path
 
 from wattlock_api import boottime
 
-from wattlock_agent.sweep.endpoint import Endpoint, EndpointError, EngineRestartedError, MetricsTokens
+from wattlock_agent.sweep.endpoint import Endpoint, EndpointError, EngineRestartedError, MetricsTokens, Tokens
 from wattlock_agent.sweep.load import LoadError
 from wattlock_agent.sweep.plan import Shape, Workload
 
@@ -143,7 +143,7 @@ class VllmLoad:
     def start(self, workload: Workload) -> None:
         """As Load."""
         self._times = 1
-        self._launch(workload)
+        self._launch(workload, self._metrics.read())
 
     def ready(self) -> bool:
         """As Load: the engine says that as many requests are on the way as shall be."""
@@ -165,20 +165,20 @@ class VllmLoad:
         if (run := self._run) is not None and (process := self._process) is not None:
             status = process.poll()
             try:
-                generated = self._metrics.read().generated
+                now = self._metrics.read()
             except EngineRestartedError:
                 raise
             except EndpointError as error:
                 self._late(error)
                 return False
             self._late_pages = 0
-            if status is not None and (status != 0 or run.failed(generated)):
+            if status is not None and (status != 0 or run.failed(now.generated)):
                 raise LoadError(self._complaint(status))
-            if status is not None or run.ends(generated):
+            if status is not None or run.ends(now.generated):
                 self._end()
                 if boottime.now_seconds() - run.began_seconds < _LONG_RUN_SECONDS:
                     self._times = min(2 * self._times, _MOST_TIMES)
-                self._launch(run.workload)
+                self._launch(run.workload, now)
         gap, self._gap = self._gap, False
         return not gap
 
@@ -198,13 +198,13 @@ class VllmLoad:
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
 
-    def _launch(self, workload: Workload) -> None:
+    def _launch(self, workload: Workload, before: Tokens) -> None:
+        """Begin a run. ``before`` is what the engine just counted: another page might come too late, under load."""
         self._gap = True
         self._seed += 1  # else prompts of prefill would come again, and be cached
         prompts = prompts_of(workload, self._times)
         command = arguments(self._endpoint, self._model, self._tokenizer, workload, prompts, self._seed)
         try:
-            before = self._metrics.read()
             with self._log_path.open("wb") as log:  # of the newest run alone: it may be one of hundreds
                 # A session of its own: Ctrl-C reaches the sweep alone, which then ends it.
                 self._process = subprocess.Popen(  # noqa: S603 - the user's own program, no shell
