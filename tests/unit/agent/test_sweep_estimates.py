@@ -212,7 +212,7 @@ def test_a_saving_that_may_be_none_is_not_chosen_and_prefill_never_counts():
 
 def test_the_energy_of_a_request_is_its_prompt_and_its_answer():
     windows = [window(STOCK, 0, 500, 50_000, PREFILL), window(STOCK, 1, 500, 4000)]
-    assert request_joules(summarise(windows)) == {(32, 4096): pytest.approx(4096 * 0.01 + 256 * 0.125)}
+    assert request_joules(summarise(windows)) == {windows[1].workload: pytest.approx(4096 * 0.01 + 256 * 0.125)}
     assert request_joules(summarise(windows[1:])) == {}
 
 

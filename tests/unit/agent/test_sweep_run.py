@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -253,6 +254,29 @@ def test_several_runs_are_put_beside_each_other_with_their_crossing():
     text = comparison([(RUN, scaled(1.0, 1.0)), (Run(**{**vars(RUN), "label": "MLA"}), scaled(1.25, 0.8))])
     assert "a generated token, 32 at a time: GQA takes less up to about 2,000 prompt tokens, MLA from there on" in text
     assert "| 1,024 | 32 | MLA |" in text
+
+
+def test_answers_of_different_lengths_have_no_crossing():
+    """MLA takes more for every token, and its answers are so much shorter that its short requests take less."""
+
+    def answering(label, tokens, factor):
+        found = []
+        for each in windows():
+            work = each.workload
+            if work.shape is Shape.DECODE:
+                work = replace(work, output_tokens=tokens)
+            found.append(replace(each, workload=work, watts=each.watts * factor(work.length_tokens)))
+        return replace(RUN, label=label), summarise(found)
+
+    one = answering("GQA", 256, lambda _: 1.0)
+    other = answering("MLA", 64, lambda length: 1.1 if length == 1024 else 2.0)
+    text = comparison([one, other])
+    assert "takes less up to" not in text
+    assert "Answers of 64, 256 tokens" in text
+    assert text.count("| GQA |") == text.count("| MLA |") == 2
+    same = comparison([one, answering("MLA", 256, lambda length: 0.9 if length == 1024 else 2.0)])
+    assert "a whole request, 32 at a time: MLA takes less up to" in same
+    assert "Answers of" not in same
 
 
 def test_the_plot_is_the_same_file_for_the_same_rows(tmp_path):

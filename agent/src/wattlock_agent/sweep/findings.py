@@ -155,8 +155,8 @@ def choose(rows: Sequence[Row], max_loss_percent: float) -> Choice | None:
     return max(choices, key=lambda choice: choice.saving_percent, default=None)
 
 
-def request_joules(rows: Sequence[Row]) -> dict[tuple[int, int], float]:
-    """Return the energy of one whole request at stock, in J, by (concurrency, prompt length): prompt and answer.
+def request_joules(rows: Sequence[Row]) -> dict[Workload, float]:
+    """Return the energy of one whole request at stock, in J, by the decode workload: its prompt and its answer.
 
     Only where both phases were measured at that length.
     """
@@ -167,9 +167,7 @@ def request_joules(rows: Sequence[Row]) -> dict[tuple[int, int], float]:
             continue
         prefill = Workload(Shape.PREFILL, workload.concurrency, workload.length_tokens, 1)
         if prefill in stock:
-            energies[workload.concurrency, workload.length_tokens] = (
-                workload.length_tokens * stock[prefill] + workload.output_tokens * joules
-            )
+            energies[workload] = workload.length_tokens * stock[prefill] + workload.output_tokens * joules
     return energies
 
 

@@ -78,7 +78,17 @@ def comparison(runs: Sequence[tuple[Run, Sequence[Row]]]) -> str:
     head = f"# Energy by request length\n\n{len(runs)} runs on {', '.join(products)}, all at stock clocks and limits.\n"
     if len(products) > 1:
         head += "\n**Different GPUs: differences are not those of the architectures alone.**\n"
+    answers = sorted({work.output_tokens for rows in by_label.values() for work in _decode(rows)})
+    if len(answers) > 1:
+        head += (
+            f"\n**Answers of {', '.join(map(str, answers))} tokens: only runs with the same --output-tokens can be "
+            "compared by generated tokens and requests, and have cross-over points.**\n"
+        )
     return head + "\n" + _lengths(by_label)
+
+
+def _decode(rows: Sequence[Row]) -> set[Workload]:
+    return {row.workload for row in rows if row.workload.shape is Shape.DECODE}
 
 
 def profile(run: Run, choice: Choice) -> str:
@@ -168,14 +178,15 @@ def _lengths(by_label: Mapping[str, Sequence[Row]]) -> str:
     ]
     for concurrency, length in places:
         for label in by_label:
-            own = {
-                work.shape: joules
+            here = {
+                work: joules
                 for (name, work), joules in stock.items()
                 if name == label and (work.concurrency, work.length_tokens) == (concurrency, length)
             }
-            if not own:
+            if not here:
                 continue
-            whole = requests[label].get((concurrency, length))
+            own = {work.shape: joules for work, joules in here.items()}
+            whole = next((joules for work, joules in requests[label].items() if work in here), None)
             cells = [
                 f"{length:,}",
                 str(concurrency),
@@ -192,25 +203,26 @@ def _lengths(by_label: Mapping[str, Sequence[Row]]) -> str:
 def _crossing_text(
     labels: Mapping[str, object],
     stock: Mapping[tuple[str, Workload], float],
-    requests: Mapping[str, Mapping[tuple[int, int], float]],
+    requests: Mapping[str, Mapping[Workload, float]],
 ) -> str:
     lines = []
-    for concurrency in sorted({work.concurrency for _, work in stock}):
-        kinds = {
-            "a generated token": {
+    decode = {
+        label: {work: joules for (name, work), joules in stock.items() if name == label and work.shape is Shape.DECODE}
+        for label in labels
+    }
+    # A generated token too is one of another request where answers are longer: it comes after more context.
+    for concurrency, answer in sorted(
+        {(work.concurrency, work.output_tokens) for own in decode.values() for work in own}
+    ):
+        for kind, energies in (("a generated token", decode), ("a whole request", requests)):
+            joules = {
                 label: {
-                    work.length_tokens: joules
-                    for (name, work), joules in stock.items()
-                    if name == label and work.concurrency == concurrency and work.shape is Shape.DECODE
+                    work.length_tokens: each
+                    for work, each in energies[label].items()
+                    if (work.concurrency, work.output_tokens) == (concurrency, answer)
                 }
                 for label in labels
-            },
-            "a whole request": {
-                label: {length: joules for (at, length), joules in requests[label].items() if at == concurrency}
-                for label in labels
-            },
-        }
-        for kind, joules in kinds.items():
+            }
             lines += [
                 f"- {kind}, {concurrency} at a time: {cross.shorter} takes less up to about "
                 f"{_two_digits(cross.length_tokens):,} prompt tokens, {cross.longer} from there on"
