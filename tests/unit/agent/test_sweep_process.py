@@ -135,7 +135,8 @@ def test_a_sweep_finds_the_simulators_truth_and_leaves_no_trace(site, tmp_path):
     assert site.is_untouched()
     assert "[6/6]" in done.stdout
     assert {write["uuid"] for write in site.writes()} == {site.uuid}
-    _, windows = read_run(out)
+    run, windows = read_run(out)
+    assert run.planned_windows == len(windows) == 6
     load = Workload(Architecture.GQA, Phase.DECODE, 8, 1024 + 128)
     for window in windows:
         cap = window.setting.value if window.setting.lever == "clock" else None

@@ -199,6 +199,27 @@ def test_a_run_reads_back_as_it_was_written(tmp_path):
     assert {each.celsius for each in found} == {None}
 
 
+def test_a_sweep_that_was_stopped_is_no_finished_run(tmp_path):
+    run = replace(RUN, planned_windows=len(windows()))
+    (tmp_path / "run.json").write_text(encode_run(run))
+    lines = list(map(window_line, windows()))
+    (tmp_path / "windows.csv").write_text(csv_line(COLUMNS) + "".join(lines))
+    assert read_run(tmp_path)[0] == run
+    (tmp_path / "windows.csv").write_text(csv_line(COLUMNS) + "".join(lines[:-1]))
+    with pytest.raises(RecordError, match=f"no finished sweep: {len(lines) - 1} of {len(lines)} measurements"):
+        read_run(tmp_path)
+    document = json.loads(encode_run(run))
+    del document["planned_windows"]  # as written before it was
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    assert len(read_run(tmp_path)[1]) == len(lines) - 1
+
+
+def test_the_runs_of_this_repository_are_finished():
+    found = [read_run(path.parent) for path in (ROOT / "docs" / "sweep").glob("*/run.json")]
+    assert len(found) == 4
+    assert all(run.planned_windows == len(run_windows) for run, run_windows in found)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("run.json", "{"), ("run.json", "{}"), ("windows.csv", "a,b\n1,2\n"), ("windows.csv", None)],

@@ -232,6 +232,7 @@ def _prepare(
         repeats=options.repeats,
         seed=options.seed,
         limit_watts=limits.set_mw / 1000 if limits else None,
+        planned_windows=plan.windows,
     )
     (directory / RUN_NAME).write_text(encode_run(run), encoding="utf-8")
     return load, tokens, run

@@ -49,6 +49,8 @@ class Run:
     seed: str
     limit_watts: float | None
     """Power limit of each GPU at stock."""
+    planned_windows: int | None = None
+    """How many measurements it has when it is finished; ``None`` in runs of versions that did not write it."""
 
 
 def encode_run(run: Run) -> str:
@@ -75,15 +77,22 @@ def read_run(directory: Path) -> tuple[Run, tuple[Window, ...]]:
     """Return a finished run.
 
     Raises:
-        RecordError: it cannot be read.
+        RecordError: it cannot be read, or ended before its last measurement.
     """
     try:
         document = json.loads(_read(directory / RUN_NAME))
         if document.pop("version", None) != _VERSION:
             raise RecordError(f"{directory / RUN_NAME}: not of version {_VERSION}")
+        document.setdefault("planned_windows", None)
         run = Run(**{field.name: document[field.name] for field in fields(Run)})
         lines = csv.DictReader(io.StringIO(_read(directory / WINDOWS_NAME)))
-        return run, tuple(_window(line) for line in lines)
+        windows = tuple(_window(line) for line in lines)
+        if run.planned_windows is not None and len(windows) != run.planned_windows:
+            raise RecordError(
+                f"{directory} holds no finished sweep: {len(windows)} of {run.planned_windows} measurements; "
+                "what is missing would be missing in the comparison"
+            )
+        return run, windows
     except OSError as error:
         raise RecordError(f"{error.filename}: {error.strerror}; give the output directory of a sweep") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
