@@ -157,8 +157,17 @@ def enforce() -> dict[str, Any]:
     )
     watch("the saving is Verified", lambda s: condition(s, "Verified").get("status") == "True", 600)
     print("  A few more pairs narrow the interval that holds at every look: about half a minute.")
+    status = measured(PAIRS)
+    if not interval_holds(status, true_saving_percent(CAP_MHZ)):
+        # By construction one interval in twenty misses the truth, and load of this machine makes the first pairs odd.
+        print(f"  The interval misses the simulator's truth, as one in twenty may: on to {4 * PAIRS} pairs.")
+        status = measured(4 * PAIRS)
+    return status
+
+
+def measured(pairs: int) -> dict[str, Any]:
     return watch(
-        f"{PAIRS} pairs are measured", lambda s: pool(s, "decode").get("savings", {}).get("pairs", 0) >= PAIRS, 300
+        f"{pairs} pairs are measured", lambda s: pool(s, "decode").get("savings", {}).get("pairs", 0) >= pairs, 600
     )
 
 
