@@ -103,6 +103,15 @@ class Site:
     def orders(self):
         return self.written
 
+    def trip_at(self, cap_mhz):
+        """Search down to a cap, at which half of the instances trip; the operator restarts again and again."""
+        while self.caps[-1:] != [cap_mhz]:
+            self.look()
+        self.tripped = PODS[:2]
+        for _ in range(3):
+            self.look()
+            self.memory = Memory()
+
     def look(self, seconds: float = LOOK_SECONDS) -> Decision:
         """Let pairs come in, decide, and carry the decision out."""
         self.now += seconds

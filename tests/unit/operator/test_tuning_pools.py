@@ -11,7 +11,6 @@ from wattlock_api.constants import ConditionType
 from wattlock_api.energypolicy import Guardrail, Tune
 from wattlock_api.nodeenergy import ClockRange, PairStats, ProductClocks
 from wattlock_api.tuningstatus import TuningStatus
-from wattlock_operator.decide import Memory
 from wattlock_operator.ledger import Ledger, Tally, advance
 from wattlock_operator.reports import NodeInstance, PoolReport, collect
 from wattlock_operator.tunedrow import tuned_row
@@ -159,12 +158,7 @@ def test_the_guardrail_ends_an_arm_for_the_whole_pool():
 
 def test_the_pool_stays_released_while_the_agents_tell_of_cool_downs():
     site = Site()
-    while site.caps[-1:] != [1260]:
-        site.look()
-    site.tripped = PODS[:2]
-    for _ in range(3):
-        site.look()
-        site.memory = Memory()
+    site.trip_at(1260)
     site.unread = PODS  # the agents were restarted, or the engines' pages cannot be read
     site.look()
     assert set(site.asked.values()) == {None}
@@ -271,12 +265,7 @@ def test_what_was_found_can_be_written_down_as_a_row():
 
 def test_searches_are_counted_by_cause_and_arms_by_the_guardrail_through_restarts():
     site = Site()
-    while site.caps[-1:] != [1260]:
-        site.look()
-    site.tripped = PODS[:2]
-    for _ in range(3):
-        site.look()
-        site.memory = Memory()
+    site.trip_at(1260)
     site.tripped = ()
     found = site.search(restart_every=1)
     assert ([(each.cause, each.searches) for each in found.begun], found.guardrail_arms) == ([("First", 1)], 1)
